@@ -1,0 +1,1 @@
+"""Backbones: tokens, condition and mask to hidden states."""

@@ -1,0 +1,1 @@
+"""Benchmarks: timings that were measured, with their spread."""

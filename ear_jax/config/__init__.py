@@ -1,0 +1,1 @@
+"""Configuration without jax: the schema, how values become it, what keys imply for each other, derived sizes."""

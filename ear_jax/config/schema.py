@@ -1,0 +1,328 @@
+"""The whole configuration as frozen dataclasses: every key, its type, its range, its meaning.
+
+No jax here: a configuration error must stop a run before anything heavy is imported. How a config file
+becomes these objects is `strict.py`; what one key implies for another is `validate.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare one config key: its default, what it means, and its range (`low`/`high` inclusive, `above`/`below` exclusive)."""
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "above": above,
+        "below": below,
+        "choices": choices,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(cls: type) -> Any:
+    """Declare a nested group of keys whose defaults are those of `cls`."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesConfig:
+    """The procedural data set: how many degrees of freedom its pictures have."""
+
+    images: int = key(20_000, "number of training images", low=1)
+    classes: int = key(6, "shape classes, the first n of the ten", low=1, high=10)
+    colors: int = key(4, "foreground colours, the first n; 0 draws any RGB colour", low=0, high=8)
+    backgrounds: int = key(2, "background colours, the first n; 0 draws any RGB colour", low=0, high=8)
+    position_jitter: float = key(0.06, "centre offset, as a fraction of the side", low=0.0, high=0.5)
+    size_low: float = key(0.30, "smallest radius, as a fraction of the side", above=0.0, high=0.5)
+    size_high: float = key(0.36, "largest radius, as a fraction of the side", above=0.0, high=0.5)
+    use_rotation: bool = key(False, "rotate each shape by a random angle")
+    use_gradient: bool = key(False, "shade the background by a random linear gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they become fixed-size arrays."""
+
+    source: str = key("shapes", "shapes | folder:PATH | tfds:NAME")
+    tfds_directory: str = key("", "folder that --task=prepare writes and tfds: reads; empty = ~/tensorflow_datasets")
+    image_px: int = key(32, "side of the square training images", low=8, high=4096)
+    use_flip: bool = key(True, "mirror images left-right with probability one half")
+    eval_images: int = key(1_000, "images held out for evaluation, at most", low=1)
+    eval_fraction: float = key(0.05, "fraction held out when a folder has no test or val split", above=0.0, below=1.0)
+    use_exif_orientation: bool = key(False, "rotate as the EXIF tag says (reference pipelines ignore it)")
+    alpha_background: int = key(255, "grey level that transparent pixels are composited onto", low=0, high=255)
+    min_side_px: int = key(2, "images with a shorter side are quarantined", low=1)
+    max_pixels: int = key(64_000_000, "images with more pixels are quarantined unread", low=1)
+    max_bad_fraction: float = key(0.0, "fraction of damaged files above which the run fails", low=0.0, high=1.0)
+    decode_threads: int = key(4, "threads that read and decode", low=1, high=256)
+    prefetch_batches: int = key(4, "batches prepared ahead", low=1, high=64)
+    cache_mib: int = key(512, "decoded images are kept in memory when they all fit into this; 0 = never", low=0)
+    shapes: ShapesConfig = group(ShapesConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class LiteVAEConfig:
+    """The wavelet autoencoder."""
+
+    encoder: str = key("s", "named encoder size, or custom", choices=("s", "b", "m", "l", "compact", "custom"))
+    wavelet_levels: int = key(3, "Haar levels; the downsampling factor is 2 to this power", low=1, high=6)
+    latent_channels: int = key(12, "channels of the latent", low=1, high=1024)
+    encoder_channels: int = key(16, "custom: base channels of the encoder", low=1)
+    encoder_multipliers: tuple[int, ...] = key((1, 2, 2), "custom: channel multipliers of each feature UNet")
+    encoder_blocks: int = key(1, "custom: residual blocks per UNet level", low=1, high=16)
+    decoder_channels: int = key(128, "base channels of the decoder", low=1)
+    decoder_multipliers: tuple[int, ...] = key((1, 2, 4, 4), "channel multipliers from the image side inwards")
+    decoder_blocks: int = key(2, "residual blocks per decoder level", low=1, high=16)
+    decoder_attention: bool = key(True, "self-attention at the decoder's lowest resolution")
+    decoder_norm: str = key(
+        "self_modulated", "self_modulated convolutions or group normalisation", choices=("self_modulated", "group")
+    )
+    decoder_output: str = key(
+        "image",
+        "last layer: pixels, or the Haar bands of them at half the side (one decoder level less)",
+        choices=("image", "wavelet"),
+    )
+    conv_groups: int = key(1, "groups of the 3x3 convolutions in the decoder (compact uses more)", low=1)
+    conv_rank: int = key(0, "rank of the low-rank pointwise convolutions; 0 = full rank", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseConfig:
+    """The discrete coarse levels of Lite-Hybrid."""
+
+    grids: tuple[int, ...] = key((4,), "side of each coarse grid, coarsest first; more than one makes a pyramid")
+    codes: int = key(1024, "codebook size", low=2, high=1 << 20)
+    code_channels: int = key(32, "channels of a code", low=1)
+    initialisation: str = key("kmeans", "how the codebook starts", choices=("kmeans", "data", "normal"))
+    decay: float = key(0.99, "exponential decay of the codebook's running sums", low=0.0, below=1.0)
+    revive_below: float = key(0.03, "codes used less than this fraction of a fair share are revived", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FineConfig:
+    """The UNet that turns the residual into fine tokens."""
+
+    channels: int = key(64, "base channels", low=1)
+    multipliers: tuple[int, ...] = key((1, 2), "channel multipliers, down then up")
+    blocks: int = key(1, "residual blocks per level", low=1, high=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLossConfig:
+    """Weight of each term of the tokenizer's loss; 0 switches a term off."""
+
+    l1: float = key(1.0, "mean absolute error", low=0.0)
+    l2: float = key(0.0, "mean squared error", low=0.0)
+    wavelet: float = key(0.1, "Charbonnier on the high-frequency Haar bands", low=0.0)
+    gaussian: float = key(0.1, "L1 on the Gaussian high-pass", low=0.0)
+    kl: float = key(1e-6, "KL of the posterior to the unit normal, per latent element", low=0.0)
+    commitment: float = key(0.25, "pull of the encoder towards its codes", low=0.0)
+    lpips: float = key(0.0, "LPIPS distance; needs vgg_weights", low=0.0)
+    vgg_weights: str = key("", "file with the VGG16 and LPIPS weights (safetensors)")
+    adversarial: float = key(0.0, "UNet discriminator, constant weight", low=0.0)
+    adversarial_start_steps: int = key(0, "step at which the discriminator enters", low=0)
+    adversarial_channels: int = key(64, "base channels of the discriminator", low=1)
+    r1: float = key(0.0, "R1 gradient penalty on real images", low=0.0)
+    lecam: float = key(0.0, "LeCam regularisation of the discriminator", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: LiteVAE alone, or Lite-Hybrid on top of it."""
+
+    name: str = key("lite_hybrid", "tokenizer", choices=("lite_hybrid", "lite_vae"))
+    vae: LiteVAEConfig = group(LiteVAEConfig)
+    coarse: CoarseConfig = group(CoarseConfig)
+    fine: FineConfig = group(FineConfig)
+    fusion: str = key(
+        "mlp", "how coarse and fine are joined", choices=("none", "mlp", "mlp_layernorm", "attention", "channel_weight")
+    )
+    hybrid_start_steps: int = key(0, "steps trained as a plain VAE before the coarse branch starts", low=0)
+    coarse_only_probability: float = key(
+        0.5, "probability that an image drops its fine branch in training", low=0.0, high=1.0
+    )
+    loss: TokenizerLossConfig = group(TokenizerLossConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelConfig:
+    """How one level of the image is masked in training and drawn in sampling."""
+
+    steps: int = key(1, "backbone passes that draw this level", low=1, high=4096)
+    mask_ratio: str = key(
+        "truncated_normal",
+        "distribution of the masked fraction in training",
+        choices=("truncated_normal", "uniform", "cosine", "full"),
+    )
+    mask_ratio_low: float = key(0.7, "lower end of the masked fraction", low=0.0, high=1.0)
+    mask_ratio_std: float = key(0.25, "spread of the truncated normal around 1", above=0.0)
+    full_mask_probability: float = key(0.0, "extra probability that a whole level is masked", low=0.0, high=1.0)
+    loss_weight: float = key(1.0, "weight of this level's loss", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """The transformer that turns tokens into hidden states."""
+
+    name: str = key("masked", "backbone", choices=("masked",))
+    width: int = key(768, "channels of the residual stream", low=8)
+    depth: int = key(24, "transformer blocks", low=1)
+    heads: int = key(12, "attention heads", low=1)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over the width", above=0.0)
+    dropout: float = key(0.1, "dropout after attention and in the MLP", low=0.0, below=1.0)
+    class_tokens: int = key(64, "copies of the class embedding in front of the sequence", low=1)
+    use_scan: bool = key(True, "run the blocks by lax.scan (compile time flat in depth)")
+    use_remat: bool = key(False, "recompute activations in the backward pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyHeadConfig:
+    """The one-step head for continuous tokens."""
+
+    width: int = key(1024, "width of the MLP", low=1)
+    depth: int = key(6, "residual blocks", low=1)
+    noise_channels: int = key(64, "uniform noise channels per token", low=1)
+    samples: int = key(2, "draws per token in the loss (m)", low=2, high=64)
+    alpha: float = key(1.0, "exponent of the distance", above=0.0, below=2.0)
+    repeats: int = key(1, "independent groups of m draws per token and step", low=1, high=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxHeadConfig:
+    """The head for discrete tokens."""
+
+    label_smoothing: float = key(0.0, "label smoothing", low=0.0, below=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Backbone, heads and what the generator learns at each level."""
+
+    backbone: BackboneConfig = group(BackboneConfig)
+    energy: EnergyHeadConfig = group(EnergyHeadConfig)
+    softmax: SoftmaxHeadConfig = group(SoftmaxHeadConfig)
+    patch_size: int = key(1, "side of the squares of latent pixels that make one fine token", low=1, high=16)
+    label_drop: float = key(0.1, "probability that a training image loses its label", low=0.0, high=1.0)
+    coarse: LevelConfig = dataclasses.field(
+        default_factory=lambda: LevelConfig(steps=8, mask_ratio="cosine", mask_ratio_low=0.0)
+    )
+    fine: LevelConfig = group(LevelConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """One training stage. Lengths are in epochs or in steps: the one that is not 0 counts."""
+
+    batch_size: int = key(2048, "images per update, over all devices and accumulation steps", low=1)
+    accumulation_steps: int = key(1, "micro-batches an update is split into", low=1)
+    epochs: float = key(0.0, "length of the run in passes over the data", low=0.0)
+    steps: int = key(0, "length of the run in updates", low=0)
+    learning_rate: float = key(1e-4, "base learning rate", above=0.0)
+    reference_batch_size: int = key(
+        0, "batch size the learning rate is quoted for (linear scaling); 0 = no scaling", low=0
+    )
+    warmup_epochs: float = key(0.0, "linear warm-up, in epochs", low=0.0)
+    warmup_steps: int = key(0, "linear warm-up, in updates", low=0)
+    schedule: str = key("constant", "learning rate after warm-up", choices=("constant", "cosine"))
+    final_learning_rate_ratio: float = key(0.0, "end of the cosine, as a fraction of the peak", low=0.0, high=1.0)
+    beta1: float = key(0.9, "Adam's first decay", low=0.0, below=1.0)
+    beta2: float = key(0.95, "Adam's second decay", low=0.0, below=1.0)
+    weight_decay: float = key(0.02, "decoupled weight decay of matrices", low=0.0)
+    clip_norm: float = key(3.0, "global gradient norm limit; 0 = none", low=0.0)
+    head_learning_rate_multiplier: float = key(1.0, "learning rate of the head's matrices over the rest", above=0.0)
+    final_phase_epochs: float = key(0.0, "length of the last phase, in epochs", low=0.0)
+    final_phase_steps: int = key(0, "length of the last phase, in updates", low=0)
+    final_phase_learning_rate_multiplier: float = key(1.0, "learning rate of the last phase over the first", above=0.0)
+    train_temperature: float = key(1.0, "weight of the repulsion term of the energy score (tau_train)", above=0.0)
+    final_phase_train_temperature: float = key(0.99, "tau_train of the last phase", above=0.0)
+    ema_decay: float = key(0.9999, "decay of the averaged weights", low=0.0, below=1.0)
+    compute_dtype: str = key("bfloat16", "dtype of matmuls; parameters stay float32", choices=("float32", "bfloat16"))
+    max_nonfinite_in_a_row: int = key(10, "skipped updates in a row that stop the run", low=1)
+    log_every_steps: int = key(50, "steps between log lines", low=1)
+    grid_every_steps: int = key(0, "steps between picture grids; 0 = only at the end", low=0)
+    checkpoint_every_steps: int = key(1000, "steps between checkpoints", low=1)
+    keep_checkpoints: int = key(2, "checkpoints kept", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """What --task=sample draws."""
+
+    labels: tuple[int, ...] = key((), "class ids; empty = every class in turn")
+    count: int = key(64, "images to draw; labels are repeated in order", low=1)
+    seed: int = key(0, "sample i depends on (seed, i) only", low=0)
+    batch_size: int = key(64, "images drawn at a time", low=1)
+    coarse_steps: int = key(0, "passes for the coarse level; 0 = as in generator.coarse.steps", low=0)
+    fine_steps: int = key(0, "passes for the fine level; 0 = as in generator.fine.steps", low=0)
+    guidance_scale: float = key(1.0, "1 = off; h = s * conditional + (1 - s) * unconditional", low=0.0)
+    guidance_schedule: str = key("linear", "how guidance grows over a level's steps", choices=("constant", "linear"))
+    temperature: float = key(1.0, "tau_infer: scales the shift that noise adds in the energy head", low=0.0)
+    coarse_temperature: float = key(1.0, "softmax temperature of the coarse level", low=0.0)
+    format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What --task=evaluate measures."""
+
+    samples: int = key(1_000, "images drawn for the class accuracy", low=1)
+    reconstructions: int = key(1_000, "held-out images reconstructed", low=1)
+    classifier_steps: int = key(400, "updates of the judging classifier", low=1)
+    classifier_batch_size: int = key(128, "batch size of the judging classifier", low=1)
+    classifier_channels: int = key(16, "base channels of the judging classifier", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsConfig:
+    """The cache of tokens that the generator trains on."""
+
+    batch_size: int = key(256, "images encoded at a time", low=1)
+    dtype: str = key("float16", "stored dtype of continuous tokens", choices=("float16", "float32"))
+    source: str = key("", "latents:PATH reads an existing cache; empty = WORKDIR/latents")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; -1 takes all that are left."""
+
+    data: int = key(-1, "data-parallel devices", low=-1)
+    fsdp: int = key(1, "devices that share each parameter", low=-1)
+    tensor: int = key(1, "tensor-parallel devices", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """What --task=bench times."""
+
+    batch_size: int = key(4, "images per call", low=1)
+    warmup_repeats: int = key(3, "untimed calls", low=1)
+    repeats: int = key(20, "timed calls", low=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A recipe from data to evaluated images."""
+
+    name: str = key("lite_hybrid", "name of the recipe, used in run folders and cards")
+    seed: int = key(0, "seed of everything random", low=0)
+    data: DataConfig = group(DataConfig)
+    tokenizer: TokenizerConfig = group(TokenizerConfig)
+    tokenizer_training: TrainingConfig = group(TrainingConfig)
+    latents: LatentsConfig = group(LatentsConfig)
+    generator: GeneratorConfig = group(GeneratorConfig)
+    generator_training: TrainingConfig = group(TrainingConfig)
+    sample: SampleConfig = group(SampleConfig)
+    evaluate: EvaluateConfig = group(EvaluateConfig)
+    mesh: MeshConfig = group(MeshConfig)
+    bench: BenchConfig = group(BenchConfig)

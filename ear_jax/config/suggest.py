@@ -1,0 +1,55 @@
+"""Did-you-mean: the nearest known names to a name that is not known, also when it lives in another group."""
+
+import difflib
+from collections.abc import Iterable
+
+# Names other projects use for keys that are spelled out here.
+_ALIASES = {
+    "bs": "batch_size",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "dataset": "source",
+    "ema": "ema_decay",
+    "grad_clip": "clip_norm",
+    "image_size": "image_px",
+    "lr": "learning_rate",
+    "num_epochs": "epochs",
+    "num_images": "count",
+    "num_steps": "steps",
+    "resolution": "image_px",
+    "tau": "temperature",
+    "vocab_size": "codes",
+    "wd": "weight_decay",
+}
+_MINIMUM_SCORE = 0.62
+_MARGIN = 0.05
+
+
+def closest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Return up to `count` of the `known` single words that are nearest to `name`."""
+    by_folded = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_folded, n=count, cutoff=_MINIMUM_SCORE)
+    return [by_folded[match] for match in matches]
+
+
+def closest_paths(path: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to `count` known dotted paths nearest to `path`, best first.
+
+    The last word counts more than the groups in front of it, so that a key in the wrong group is found.
+    """
+    group, _, word = path.lower().rpartition(".")
+    word = _ALIASES.get(word, word)
+    scored = []
+    for candidate in known:
+        other_group, _, other_word = candidate.lower().rpartition(".")
+        likeness = 0.65 * _ratio(word, other_word) + 0.35 * _ratio(group, other_group)
+        if _ratio(word, other_word) >= _MINIMUM_SCORE:
+            scored.append((likeness, candidate))
+    scored.sort(key=lambda pair: (-pair[0], pair[1]))
+    return [candidate for likeness, candidate in scored[:count] if likeness >= scored[0][0] - _MARGIN]
+
+
+def _ratio(left: str, right: str) -> float:
+    if left == right:
+        return 1.0
+    return difflib.SequenceMatcher(None, left, right, autojunk=False).ratio()

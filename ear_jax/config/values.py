@@ -1,0 +1,135 @@
+"""One value against one declared key: its type, its range, and how it is written on a command line.
+
+Nothing is guessed: true is not 1, 1e3 is not an integer, inf and nan are nothing. Each refusal says what to write.
+"""
+
+import math
+import re
+from typing import Any, get_args, get_origin
+
+from ear_jax.config.leaves import Leaf
+from ear_jax.config.suggest import closest
+
+_INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_LARGEST_INTEGER = 2**63 - 1
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+class ValueFault(Exception):
+    """A value does not fit its key; the text says what was expected and what to write."""
+
+
+def check(leaf: Leaf, value: Any) -> Any:
+    """Return `value` as the key's type, or raise ValueFault. Integers are accepted for numbers, lists for tuples."""
+    kind = leaf.kind
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            raise ValueFault(f"is {_described(value)}, expected a list of integers such as (1,2)")
+        element = get_args(kind)[0]
+        checked: Any = tuple(_typed(element, item, "a list of integers such as (1,2)") for item in value)
+    else:
+        checked = _typed(kind, value, _NAMES[kind])
+    _check_range(leaf, checked)
+    return checked
+
+
+def parse(leaf: Leaf, text: str) -> Any:
+    """Return the value that `text` from a command line stands for, or raise ValueFault."""
+    kind = leaf.kind
+    if kind is str:
+        return check(leaf, text)
+    if get_origin(kind) is tuple:
+        inner = text.strip()
+        if inner[:1] + inner[-1:] in ("()", "[]"):
+            inner = inner[1:-1]
+        items = [item.strip() for item in inner.split(",")]
+        if items and not items[-1]:
+            items.pop()
+        element = get_args(kind)[0]
+        return check(leaf, tuple(_parse_scalar(element, item, "a list of integers such as (1,2)") for item in items))
+    return check(leaf, _parse_scalar(kind, text.strip(), _NAMES[kind]))
+
+
+def describe_range(leaf: Leaf) -> str:
+    """Return a key's type and range in words, as help texts and faults show them."""
+    metadata = leaf.metadata
+    if choices := metadata.get("choices"):
+        return "one of " + ", ".join(choices)
+    words = "a list of integers" if get_origin(leaf.kind) is tuple else _NAMES[leaf.kind]
+    bounds = [
+        f"{sign} {_plain(metadata[name])}"
+        for name, sign in (("above", ">"), ("low", ">="), ("below", "<"), ("high", "<="))
+        if metadata.get(name) is not None
+    ]
+    return " ".join([words, " and ".join(bounds)]) if bounds else words
+
+
+def _typed(kind: Any, value: Any, expected: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueFault("is too large for a number") from None
+    if kind is int and isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        raise ValueFault(f"is a floating-point number, expected {expected}: write {int(value)}")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueFault(f"is {_described(value)}, expected {expected}{_hint(kind, value)}")
+    if kind is float and not math.isfinite(value):
+        raise ValueFault("is not finite, expected a finite number")
+    if kind is int and abs(value) > _LARGEST_INTEGER:
+        raise ValueFault("is too large, expected an integer of at most 64 bits")
+    return value
+
+
+def _hint(kind: Any, value: Any) -> str:
+    if kind in (int, float) and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", value, re.I):
+        return ": write it without quotes"
+    if kind is bool and value in (0, 1):
+        return f": write {bool(value)}"
+    return ""
+
+
+def _parse_scalar(kind: Any, text: str, expected: str) -> Any:
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueFault("is not a truth value, expected true or false")
+    if kind is int and _INTEGER.fullmatch(text):
+        if len(text) > 40:
+            raise ValueFault("is too large, expected an integer of at most 64 bits")
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueFault(f"is not {expected}") from None
+    return number
+
+
+def _check_range(leaf: Leaf, value: Any) -> None:
+    metadata = leaf.metadata
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        guess = closest(str(value), choices)
+        raise ValueFault(
+            f"is not known. Known: {', '.join(sorted(choices))}." + (f" Did you mean {guess[0]!r}?" if guess else "")
+        )
+    low, high, above, below = (metadata.get(name) for name in ("low", "high", "above", "below"))
+    for item in value if isinstance(value, tuple) else (value,):
+        if (
+            (low is not None and item < low)
+            or (high is not None and item > high)
+            or (above is not None and item <= above)
+            or (below is not None and item >= below)
+        ):
+            raise ValueFault(f"is out of range, expected {describe_range(leaf)}")
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "empty (None)"
+    names = {bool: "a truth value", str: "a text", int: "an integer", float: "a floating-point number"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if float(number).is_integer() else str(number)

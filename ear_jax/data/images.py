@@ -1,0 +1,149 @@
+"""From the bytes of one image file to RGB: which formats are read, and what becomes of every odd kind of pixel.
+
+Content decides the format, never the file name. Gray is repeated, CMYK and other colour spaces converted, 16-bit
+scaled by 1/257, transparency composited, animations give their first frame. Nothing truncated is accepted.
+"""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ear_jax.config.schema import DataConfig
+from ear_jax.data.quarantine import DamagedImage
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
+)
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ImageFile = io.BytesIO | io.BufferedReader
+_SILENCED = r"PIL\.|ear_jax\.data\.images$"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRules:
+    """How image files are read; the fields mean what the keys of the same name in `data` mean."""
+
+    use_exif_orientation: bool = False
+    alpha_background: int = 255
+    min_side_px: int = 2
+    max_pixels: int = 64_000_000
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "DecodeRules":
+        """Take the rules from a data configuration."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    @property
+    def max_bytes(self) -> int:
+        """Largest file worth reading: 16-bit RGBA without compression, plus metadata."""
+        return 8 * self.max_pixels + (1 << 20)
+
+
+def decode(data: bytes, rules: DecodeRules) -> Image.Image:
+    """Decode one image to mode RGB, or raise DamagedImage with the reason."""
+    if not data:
+        raise DamagedImage("empty file")
+    return _guarded(io.BytesIO(data), rules, _to_rgb)
+
+
+def check_header(file: ImageFile, rules: DecodeRules) -> None:
+    """Raise DamagedImage when format or size, read from the header of an open file alone, rule an image out."""
+    if not file.read(1):
+        raise DamagedImage("empty file")
+    _guarded(file, rules, lambda image, _: image)
+
+
+def _guarded(
+    file: ImageFile, rules: DecodeRules, use: Callable[[Image.Image, DecodeRules], Image.Image]
+) -> Image.Image:
+    for _ in range(100):
+        _silence_pillow()
+        file.seek(0)
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                _check_size(image.size, rules)
+                return use(image, rules)
+        except DamagedImage:
+            raise
+        except Warning:
+            continue  # another thread put an "error" filter in front of ours: silence Pillow again and repeat
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise DamagedImage(f"not an image (starts with {file.read(12)!r})") from None
+        except Image.DecompressionBombError:
+            raise DamagedImage(f"more than {rules.max_pixels} pixels") from None
+        except MemoryError:
+            raise DamagedImage("too large for this machine's memory") from None
+        except Exception as fault:  # plugins raise nearly anything on malformed bytes; all of it means "damaged"
+            raise DamagedImage(f"damaged: {fault or type(fault).__name__}") from None
+    raise DamagedImage("Pillow's warnings could not be silenced")
+
+
+def _silence_pillow() -> None:
+    # `warnings.catch_warnings` is not thread-safe and would tear other threads' filters, so a filter is put in front
+    # and left there; malformed metadata is no reason to stop a run, and damage proper raises exceptions.
+    first = warnings.filters[0] if warnings.filters else None
+    pattern = first[3] if first and first[0] == "ignore" else None
+    if getattr(pattern, "pattern", None) != _SILENCED:
+        warnings.filterwarnings("ignore", module=_SILENCED)
+
+
+def _check_size(size: tuple[int, int], rules: DecodeRules) -> None:
+    width, height = size
+    if width * height > rules.max_pixels:
+        raise DamagedImage(f"{width}x{height} has more than data.max_pixels={rules.max_pixels} pixels")
+    if min(size) < rules.min_side_px:
+        raise DamagedImage(f"{width}x{height} is smaller than data.min_side_px={rules.min_side_px}")
+
+
+def _to_rgb(image: Image.Image, rules: DecodeRules) -> Image.Image:
+    orientation = _orientation(image) if rules.use_exif_orientation else 1
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = _wide_to_rgb(image)
+    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        pixels = _composite(image.convert("RGBA"), rules.alpha_background)
+    else:
+        pixels = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    if orientation in _TRANSPOSE:
+        pixels = pixels.transpose(_TRANSPOSE[orientation])
+    return pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken tag must not cost the picture
+        return 1
+
+
+def _wide_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray by 1/257, which maps 65535 to 255; Pillow's own conversion would clip instead."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        raise DamagedImage("floating-point pixels have no defined range")
+    if values.min() < 0 or values.max() > 65_535:
+        raise DamagedImage("integer pixels beyond 16 bits")
+    gray = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _composite(image: Image.Image, background: int) -> Image.Image:
+    canvas = Image.new("RGBA", image.size, (background, background, background, 255))
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")

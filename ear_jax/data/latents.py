@@ -1,0 +1,251 @@
+"""The cache of tokens on disk: the posterior of every image and of its mirror image, read at random.
+
+A cache is a folder: `shard-00000/{level_0,mean,std,label}.npy` per writing process and an `index.json` that is
+written last, so a folder without it is unfinished. Row r of shard p of P is image r*P + p. It knows arrays, not models.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ear_jax.data.sources import Batch, digest_of
+from ear_jax.errors import DataError, StorageError
+
+_VERSION = 1
+_INDEX = "index.json"
+_PROGRESS = "progress.json"
+_LARGEST = {"float16": 65_504.0, "float32": 3.4e38}
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedLevel:
+    """One level of tokens as it is stored; the fields of `LevelSpec`."""
+
+    name: str
+    grid: int
+    kind: Literal["discrete", "continuous"]
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheDescription:
+    """What a cache holds. `digest` says what it was made from: data, preprocessing, tokenizer weights."""
+
+    images: int
+    levels: tuple[CachedLevel, ...]
+    class_names: tuple[str, ...]
+    digest: str
+    dtype: str = "float16"
+    shards: int = 1
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape per image (without the mirror axis) and dtype of each stored array."""
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {}
+        discrete = [level for level in self.levels if level.kind == "discrete"]
+        for number, level in enumerate(discrete):
+            arrays[f"level_{number}"] = ((level.grid**2,), "uint16" if level.size <= 1 << 16 else "int32")
+        for level in self.levels:
+            if level.kind == "continuous":
+                arrays["mean"] = arrays["std"] = ((level.grid**2, level.size), self.dtype)
+        return arrays
+
+    def rows(self, shard: int) -> int:
+        """Return how many images a shard holds."""
+        return len(range(shard, self.images, self.shards))
+
+
+class LatentsWriter:
+    """Write this process's share of a cache, row after row; an interrupted writer continues where it last flushed.
+
+    Create one per process with the same description, call `write` with the rows `next_row, next_row + 1, ...` of the
+    share, then `finish_shard`; when all processes have done so, one of them calls `finish`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], description: CacheDescription, *, shard: int = 0) -> None:
+        self.description = description
+        self._root = Path(directory)
+        self._folder = self._root / f"shard-{shard:05d}"
+        self._rows = description.rows(shard)
+        self._identity = _digest(description)
+        self.next_row = 0
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._root / _INDEX).unlink(missing_ok=True)
+            self.next_row = self._finished_rows()
+            self._files = {name: self._open(name, *spec) for name, spec in _stored(description).items()}
+        except OSError as fault:
+            raise StorageError(f"cannot write the latents cache in {self._folder}: {fault.strerror}") from None
+
+    def write(self, posterior: Mapping[str, np.ndarray], mirrored: Mapping[str, np.ndarray], label: np.ndarray) -> None:
+        """Append rows: `level_k` ids [B,N], `mean` and `std` [B,N,D] of images and of their mirror images, ids [B].
+
+        Raises DataError for values that are not finite, do not fit the stored dtype, or are no ids of the vocabulary.
+        """
+        stop = self.next_row + len(label)
+        if stop > self._rows:
+            raise ValueError(f"{stop} rows written to a shard of {self._rows}")
+        sizes = [level.size for level in self.description.levels if level.kind == "discrete"]
+        for name in self.description.arrays():
+            limit = sizes[int(name[6:])] - 1 if name.startswith("level_") else _LARGEST[self.description.dtype]
+            for side, values in enumerate((posterior[name], mirrored[name])):
+                _check(name, values, limit, self.next_row)
+                self._files[name][self.next_row : stop, side] = values
+        self._files["label"][self.next_row : stop] = label
+        self.next_row = stop
+
+    def flush(self) -> None:
+        """Make the rows so far durable against a killed process."""
+        try:
+            for file in self._files.values():
+                file.flush()
+            _write_json(self._folder / _PROGRESS, {"rows": self.next_row, "identity": self._identity})
+        except OSError as fault:
+            raise StorageError(f"cannot write the latents cache in {self._folder}: {fault.strerror}") from None
+
+    def finish_shard(self) -> None:
+        """Flush and check that the share is complete."""
+        if self.next_row != self._rows:
+            raise ValueError(f"the shard has {self.next_row} of {self._rows} rows")
+        self.flush()
+
+    def finish(self) -> None:
+        """Mark the whole cache complete; every shard must have been finished."""
+        for shard in range(self.description.shards):
+            progress = _read_json(self._root / f"shard-{shard:05d}" / _PROGRESS)
+            if progress != {"rows": self.description.rows(shard), "identity": self._identity}:
+                raise DataError(f"shard {shard} of the latents cache {self._root} is not finished")
+        _write_json(self._root / _INDEX, {"version": _VERSION, **dataclasses.asdict(self.description)})
+
+    def _finished_rows(self) -> int:
+        try:
+            progress = _read_json(self._folder / _PROGRESS)
+        except DataError:
+            return 0
+        matches = progress.get("identity") == self._identity
+        complete = all((self._folder / f"{name}.npy").exists() for name in _stored(self.description))
+        return int(progress["rows"]) if matches and complete else 0
+
+    def _open(self, name: str, shape: tuple[int, ...], dtype: str) -> np.memmap:
+        path = self._folder / f"{name}.npy"
+        mode: Literal["r+", "w+"] = "r+" if self.next_row else "w+"
+        return np.lib.format.open_memmap(path, mode, np.dtype(dtype), (self._rows, *shape))
+
+
+class LatentsSource:
+    """Random access to a finished cache; a flip reads the posterior of the mirror image."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._root = Path(directory)
+        self.description = read_description(directory)
+        self.class_names = self.description.class_names
+        self.levels = self.description.levels
+        self.digest = _digest(self.description)
+        stored = _stored(self.description)
+        self._shards = []
+        for shard in range(self.description.shards):
+            folder, rows = self._root / f"shard-{shard:05d}", self.description.rows(shard)
+            files = {}
+            for name, (shape, kind) in stored.items():
+                files[name] = _open_array(folder / f"{name}.npy", (rows, *shape), kind)
+            self._shards.append(files)
+
+    def __len__(self) -> int:
+        return self.description.images
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        """Return {"level_k": int32 [B,N], "mean" and "std": float32 [B,N,D], "label" int32 [B], "index" int64 [B]}."""
+        indices = np.asarray(indices, np.int64)
+        sides = np.asarray(flips, np.int64)
+        rows, shards = np.divmod(indices, self.description.shards)
+        batch: Batch = {}
+        for name, (shape, kind) in self.description.arrays().items():
+            values = np.empty((len(indices), *shape), np.float32 if kind.startswith("float") else np.int32)
+            for shard in np.unique(shards):
+                here = shards == shard
+                values[here] = self._shards[shard][name][rows[here], sides[here]]
+            batch[name] = values
+        labels = np.empty(len(indices), np.int32)
+        for shard in np.unique(shards):
+            here = shards == shard
+            labels[here] = self._shards[shard]["label"][rows[here]]
+        return batch | {"label": labels, "index": indices}
+
+
+def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
+    """Read what a finished cache holds; raises DataError when there is none or it is of another version."""
+    index = _read_json(Path(directory) / _INDEX)
+    if index.pop("version", None) != _VERSION:
+        raise DataError(f"the latents cache {directory} is of another version; delete it to remake it")
+    try:
+        levels = tuple(CachedLevel(**level) for level in index.pop("levels"))
+        return CacheDescription(levels=levels, class_names=tuple(index.pop("class_names")), **index)
+    except (KeyError, TypeError) as fault:
+        raise DataError(f"{directory}/{_INDEX} is damaged ({fault}); delete the cache to have it made again") from None
+
+
+def is_complete(directory: str | os.PathLike[str], description: CacheDescription) -> bool:
+    """Say whether a finished cache made from the same things lies in a folder, whatever its number of shards."""
+    try:
+        return _digest(read_description(directory)) == _digest(description)
+    except DataError:
+        return False
+
+
+def levels_of(levels: Sequence[Any]) -> tuple[CachedLevel, ...]:
+    """Describe a tokenizer's levels (objects with name, grid, kind, size) for the cache."""
+    return tuple(CachedLevel(level.name, level.grid, level.kind, level.size) for level in levels)
+
+
+def _digest(description: CacheDescription) -> str:
+    return digest_of("latents", _VERSION, dataclasses.astuple(dataclasses.replace(description, shards=1)))
+
+
+def _stored(description: CacheDescription) -> dict[str, tuple[tuple[int, ...], str]]:
+    sided = {name: ((2, *shape), dtype) for name, (shape, dtype) in description.arrays().items()}
+    return sided | {"label": ((), "int32")}
+
+
+def _check(name: str, values: np.ndarray, limit: float, row: int) -> None:
+    with np.errstate(invalid="ignore"):
+        legal = (values >= (0 if name != "mean" else -limit)) & (values <= limit)
+    if not legal.all():
+        bad = row + int(np.argwhere(~legal.reshape(len(values), -1).all(axis=1))[0, 0])
+        raise DataError(
+            f"{name} of row {bad} has values outside {-limit if name == 'mean' else 0:g}..{limit:g} or not finite; "
+            "the tokenizer's checkpoint is unusable, or latents.dtype=float32 is needed"
+        )
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as fault:
+        raise DataError(f"the latents cache file {path} is unreadable ({fault}); delete the cache") from None
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise DataError(
+            f"{path} holds {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}; delete the cache"
+        )
+    return array
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    scratch.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: {path.parent} is not a finished latents cache") from None
+    except (OSError, ValueError) as fault:
+        raise DataError(f"{path} cannot be read ({fault})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return value

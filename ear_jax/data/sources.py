@@ -1,0 +1,219 @@
+"""What a data set is to the rest of the library: a random-access, digest-carrying source of fixed-size images.
+
+`open_split` turns a configuration into one; `ImageSource` decodes, crops and replaces damaged files. The loader and the
+latents cache need only the `Source` protocol. `SOURCES` is the list of kinds.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from ear_jax.config.schema import DataConfig
+from ear_jax.data.images import DecodeRules, decode
+from ear_jax.data.quarantine import DamagedImage, Quarantine
+from ear_jax.data.transforms import center_crop, flip_where
+from ear_jax.errors import ConfigError, DataError
+
+Split = Literal["train", "eval"]
+Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the loader reads: rows by index, each with a mirrored version."""
+
+    class_names: tuple[str, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        """Return the rows at int64 [B], mirrored where bool [B] says so, with at least "label" and "index"."""
+        ...
+
+
+@runtime_checkable
+class SplitSource(Source, Protocol):
+    """What `open_split` returns: images, with what is worth telling about them."""
+
+    image_px: int
+    notes: tuple[str, ...]
+    quarantine: Quarantine
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {"image": uint8 [px,px,3], "label", "index"} of one image."""
+        ...
+
+
+@runtime_checkable
+class EncodedSource(Protocol):
+    """What a kind of data set provides: encoded images. Reading one may raise DamagedImage."""
+
+    class_names: tuple[str, ...]
+    digest: str
+    notes: tuple[str, ...]
+    quarantine: Quarantine
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """Return the encoded image and its class id."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what the quarantine list calls an image: its path or its key."""
+        ...
+
+
+class ImageSource:
+    """Decoded, centre-cropped images of any encoded source; a damaged one is replaced by the next good one.
+
+    The replacement depends on the files alone, so runs and resumed runs agree. `index` stays the one asked for. Decoded
+    images that fit into `cache_mib` altogether are kept in memory.
+    """
+
+    decodes = True  # tells the loader that threads help
+
+    def __init__(self, encoded: EncodedSource, *, image_px: int, rules: DecodeRules, cache_mib: int = 0) -> None:
+        self.class_names = encoded.class_names
+        self.notes = encoded.notes
+        self.quarantine = encoded.quarantine
+        self.image_px = image_px
+        self.digest = digest_of(encoded.digest, image_px, dataclasses.astuple(rules))
+        self._encoded = encoded
+        self._rules = rules
+        self._bad: set[int] = set()
+        count, fits = len(encoded), len(encoded) * image_px**2 * 3 <= cache_mib << 20
+        self._cache = np.empty((count, image_px, image_px, 3), np.uint8) if fits else None
+        self._cached_labels = np.full(count, -1, np.int32)  # -1: not decoded yet
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {"image": uint8 [px,px,3], "label", "index"} of one image; negative indices are refused."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            if candidate in self._bad:
+                self.quarantine.enforce()  # the thread that found it may serve a later batch than this one
+                continue
+            try:
+                data, label = self._encoded[candidate]
+                image = center_crop(decode(data, self._rules), self.image_px, max_pixels=self._rules.max_pixels)
+            except DamagedImage as fault:
+                self._bad.add(candidate)
+                self.quarantine.add(self._encoded.name(candidate), str(fault))
+                continue
+            return {"image": image, "label": label, "index": index}
+        raise DataError(f"none of the {len(self)} images can be read; see the quarantine list")
+
+    def name(self, index: int) -> str:
+        """Return the path or key of an image."""
+        return self._encoded.name(index)
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""
+        images = np.empty((len(indices), self.image_px, self.image_px, 3), np.uint8)
+        labels = self._cached_labels[indices]
+        known = labels >= 0
+        if self._cache is not None and known.any():
+            images[known] = self._cache[indices[known]]
+        for row in np.flatnonzero(~known):
+            item = self[int(indices[row])]
+            images[row], labels[row] = item["image"], item["label"]
+            if self._cache is not None:
+                self._cache[indices[row]] = item["image"]
+                self._cached_labels[indices[row]] = item["label"]  # last: another thread may be reading
+        return {"image": flip_where(images, flips), "label": labels, "index": np.asarray(indices, np.int64)}
+
+
+class ArraySource:
+    """Images already in memory as uint8 [n,px,px,3] with labels [n]; for notebooks and tests."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+            raise DataError(f"images must be uint8 [n,px,px,3], not {images.dtype} {list(images.shape)}")
+        if len(labels) != len(images) or (len(labels) and not 0 <= np.min(labels) <= np.max(labels) < len(class_names)):
+            raise DataError(f"labels must be {len(images)} ids in 0..{len(class_names) - 1}")
+        self.class_names = tuple(class_names)
+        self.notes: tuple[str, ...] = ()
+        self.quarantine = Quarantine(len(images), 0.0)
+        self.image_px = int(images.shape[1])
+        self._images, self._labels = images, labels.astype(np.int32)
+        self.digest = digest_of(images.tobytes(), self._labels.tobytes(), self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {"image": uint8 [px,px,3], "label", "index"} of one image."""
+        return {"image": self._images[index], "label": int(self._labels[index]), "index": index}
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""
+        images = flip_where(self._images[indices], flips)
+        return {"image": images, "label": self._labels[indices], "index": np.asarray(indices, np.int64)}
+
+
+def digest_of(*parts: Any) -> str:
+    """Return 16 hex digits that identify the parts, which must have a stable repr or be bytes."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogateescape"))
+        state.update(b"\0")
+    return state.hexdigest()
+
+
+def _open_shapes(config: DataConfig, split: Split, argument: str, seed: int) -> SplitSource:
+    from ear_jax.data.shapes import ShapesSource
+
+    count = config.shapes.images if split == "train" else config.eval_images
+    return ShapesSource(config.shapes, split, count=count, image_px=config.image_px, seed=seed)
+
+
+def _open_folder(config: DataConfig, split: Split, argument: str, seed: int) -> SplitSource:
+    from ear_jax.data.folder import FolderSource
+
+    rules = DecodeRules.of(config)
+    return _decoded(FolderSource(argument, split, config, rules), config, rules)
+
+
+def _open_tfds(config: DataConfig, split: Split, argument: str, seed: int) -> SplitSource:
+    from ear_jax.data.tfds import TfdsSource
+
+    return _decoded(TfdsSource(argument, split, config), config, DecodeRules.of(config))
+
+
+def _decoded(encoded: EncodedSource, config: DataConfig, rules: DecodeRules) -> ImageSource:
+    return ImageSource(encoded, image_px=config.image_px, rules=rules, cache_mib=config.cache_mib)
+
+
+SOURCES: Mapping[str, Callable[[DataConfig, Split, str, int], SplitSource]] = {
+    "shapes": _open_shapes,
+    "folder": _open_folder,
+    "tfds": _open_tfds,
+}
+"""Kinds of data set by the word before the colon of `data.source`."""
+
+
+def open_split(config: DataConfig, split: Split, *, seed: int) -> SplitSource:
+    """Open the training or the evaluation images of a configuration.
+
+    Only `shapes` depends on the seed. Raises ConfigError for an unknown source, DataError for data that cannot be used.
+    """
+    kind, _, argument = config.source.partition(":")
+    if kind not in SOURCES or bool(argument) == (kind == "shapes"):
+        raise ConfigError(
+            f"config.data.source={config.source!r} is not a data source. Known: shapes, folder:PATH, tfds:NAME. "
+            "Example: --config.data.source=folder:photos"
+        )
+    return SOURCES[kind](config, split, argument, seed)

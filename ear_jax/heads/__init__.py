@@ -1,0 +1,1 @@
+"""Heads: hidden states to a loss, hidden states to tokens."""

@@ -1,0 +1,139 @@
+"""The head for continuous tokens: an MLP that turns noise into a draw, trained by the energy score."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ear_jax.nn.linear import ZEROS, Linear, layer_norm
+from ear_jax.types import Metrics
+
+
+def distance(a: Float[Array, "*batch D"], b: Float[Array, "*batch D"], alpha: float) -> Float[Array, "*batch"]:
+    """Return ||a - b||^alpha in float32, with zero gradient where a equals b.
+
+    The plain norm has a NaN gradient there, and the zero-initialised head produces exactly that case at step 0.
+    """
+    squared = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).sum(-1)
+    apart = squared > 0
+    return jnp.where(apart, jnp.where(apart, squared, 1.0) ** (0.5 * alpha), 0.0)
+
+
+def energy_score(
+    draws: Float[Array, "P *batch D"],
+    target: Float[Array, "*batch D"],
+    *,
+    alpha: float = 1.0,
+    temperature: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "*batch"]:
+    """Return the energy loss of P >= 2 draws, 2 (mean_i d(x_i, y) - tau / (2 P (P-1)) sum_{i != j} d(x_i, x_j)).
+
+    Unbiased in P, strictly proper for tau = 1 and 0 < alpha < 2 (Gneiting & Raftery 2007); at P = 2 it is EAR's
+    d(x1, y) + d(x2, y) - tau d(x1, x2). Computed in float32.
+    """
+    count = draws.shape[0]
+    attraction = distance(draws, jnp.broadcast_to(target, draws.shape), alpha).mean(0)
+    repulsion = sum(
+        distance(draws[shift:], draws[: count - shift], alpha).sum(0) for shift in range(1, count)
+    )
+    return 2.0 * (attraction - temperature * repulsion / (count * (count - 1)))
+
+
+class NoiseBlock(nnx.Module):
+    """Residual MLP block whose norm is shifted, scaled and gated by the noise."""
+
+    def __init__(self, *, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(width, 3 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+        self.expand = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.contract = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array, noise: jax.Array, temperature: jax.Array | float) -> jax.Array:
+        """Apply the block; `temperature` scales only the shift."""
+        shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(noise)), 3, axis=-1)
+        inner = self.norm(hidden) * (1 + scale) + shift * jnp.asarray(temperature, shift.dtype)
+        return hidden + gate * self.contract(jax.nn.silu(self.expand(inner)))
+
+
+class EnergyHead(nnx.Module):
+    """MLP from (hidden state, uniform noise) to one continuous token (EAR, arXiv 2505.07812, section 4).
+
+    The hidden state flows through the residual stream, noise enters only by modulation; all modulations and the
+    output layer start at zero, so every draw is 0 at step 0. The paper's loss is one pair of draws (`samples=2`);
+    `repeats` averages several independent groups, as the published recipe does with 2.
+    """
+
+    token_kind = "continuous"
+    guides = "hidden"
+
+    def __init__(
+        self,
+        *,
+        hidden_width: int,
+        channels: int,
+        width: int = 1024,
+        depth: int = 6,
+        noise_channels: int = 64,
+        samples: int = 2,
+        alpha: float = 1.0,
+        repeats: int = 1,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.noise_channels = noise_channels
+        self.samples = samples
+        self.alpha = alpha
+        self.repeats = repeats
+        self.project = Linear(hidden_width, width, dtype=dtype, rngs=rngs)
+        self.noise = Linear(noise_channels, width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([NoiseBlock(width=width, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        self.norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(width, 2 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+        self.output = Linear(width, channels, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+
+    def draw(
+        self,
+        projected: Float[Array, "*batch W"],
+        noise: Float[Array, "*batch Z"],
+        temperature: Float[Array, ""] | float = 1.0,
+    ) -> Float[Array, "*batch D"]:
+        """Turn projected hidden states and noise in [-1/2, 1/2) into float32 tokens."""
+        embedded = self.noise(noise)
+        hidden = projected
+        for block in self.blocks:
+            hidden = block(hidden, embedded, temperature)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(embedded)), 2, axis=-1)
+        return self.output(self.norm(hidden) * (1 + scale) + shift).astype(jnp.float32)
+
+    def loss(
+        self,
+        hidden: Float[Array, "B N E"],
+        target: Float[Array, "B N D"],
+        mask: Bool[Array, "B N"],
+        rng: jax.Array,
+        controls: dict[str, jax.Array] | None = None,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Energy loss averaged over the masked tokens; `controls["train_temperature"]` is tau_train (default 1)."""
+        temperature = (controls or {}).get("train_temperature", jnp.float32(1.0))
+        count = self.repeats * self.samples
+        projected = self.project(hidden)
+        noise = jax.random.uniform(rng, (count, *hidden.shape[:2], self.noise_channels)) - 0.5
+        draws = self.draw(jnp.broadcast_to(projected, (count, *projected.shape)), noise)
+        groups = draws.reshape(self.repeats, self.samples, *target.shape)
+        score = jax.vmap(lambda g: energy_score(g, target, alpha=self.alpha, temperature=temperature))(groups).mean(0)
+        weight = mask.astype(jnp.float32)
+        total = jnp.maximum(weight.sum(), 1.0)
+        spread = distance(groups[:, 0], groups[:, 1], 1.0).mean(0)
+        return (score * weight).sum() / total, {"spread": (spread * weight).sum() / total}
+
+    def predict(self, hidden: Float[Array, "B N E"]) -> Float[Array, "B N W"]:
+        """Return what `sample` needs of the hidden state; guidance has been applied to it before."""
+        return self.project(hidden)
+
+    def sample(
+        self, prediction: Float[Array, "B N W"], keys_B: jax.Array, temperature: Float[Array, ""] | float
+    ) -> Float[Array, "B N D"]:
+        """Draw one token a position; image b uses `keys_B[b]` alone; `temperature` is tau_infer."""
+        shape = (prediction.shape[1], self.noise_channels)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys_B) - 0.5
+        return self.draw(prediction, noise, temperature)

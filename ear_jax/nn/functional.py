@@ -1,0 +1,62 @@
+"""A module as a pure function of flat dictionaries of arrays, and back.
+
+Names are paths such as `transformer/blocks/mlp/expand/kernel`. The same flat dictionaries are what the optimiser
+updates, checkpoints store, sharding rules match and model folders hold.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """The static half of a module: everything but its arrays."""
+
+    graphdef: Any
+    parameters: nnx.State
+    rest: nnx.State
+
+    def merge(self, parameters: Arrays, rest: Arrays) -> Any:
+        """Rebuild the module around the given arrays.
+
+        Raises:
+            KeyError: an array of the module is missing from the dictionaries.
+        """
+        return nnx.merge(self.graphdef, _fill(self.parameters, parameters), _fill(self.rest, rest))
+
+
+def functional(module: nnx.Module) -> tuple[Functional, Arrays, Arrays]:
+    """Split a module (concrete or abstract) into its static half, its parameters and its other arrays."""
+    graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
+    static = Functional(graphdef, _abstract(parameters), _abstract(rest))
+    return static, flatten(parameters), flatten(rest)
+
+
+def arrays_of(module: nnx.Module) -> tuple[Arrays, Arrays]:
+    """Return the parameters and the other arrays of a module as flat dictionaries."""
+    _, parameters, rest = nnx.split(module, nnx.Param, ...)
+    return flatten(parameters), flatten(rest)
+
+
+def flatten(state: nnx.State) -> Arrays:
+    """Name every array of a state by its path."""
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _fill(state: nnx.State, arrays: Arrays) -> nnx.State:
+    return nnx.from_flat_state(
+        [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
+    )
+
+
+def _abstract(state: nnx.State) -> nnx.State:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(part) for part in path)

@@ -1,0 +1,88 @@
+"""Pre-norm transformer blocks, stacked along a leading axis and run by one scan."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ear_jax.nn.attention import SelfAttention
+from ear_jax.nn.dropout import dropout
+from ear_jax.nn.linear import Linear, layer_norm
+
+
+class Mlp(nnx.Module):
+    """Linear, exact GELU, linear, with dropout after each half."""
+
+    def __init__(self, *, width: int, hidden: int, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dropout = dropout
+        self.expand = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.contract = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
+        """Apply the MLP to each position."""
+        first, second = (None, None) if rng is None else jax.random.split(rng)
+        inner = dropout(jax.nn.gelu(self.expand(hidden_BLE), approximate=False), self.dropout, first)
+        return dropout(self.contract(inner), self.dropout, second)
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)). The residual stream keeps its own dtype."""
+
+    def __init__(
+        self, *, width: int, heads: int, mlp_ratio: float, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.attention_norm = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width=width, heads=heads, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.mlp_norm = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width=width, hidden=int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
+        """Apply the block; with `rng`, apply dropout."""
+        first, second = (None, None) if rng is None else jax.random.split(rng)
+        hidden_BLE = hidden_BLE + self.attention(self.attention_norm(hidden_BLE), first).astype(hidden_BLE.dtype)
+        return hidden_BLE + self.mlp(self.mlp_norm(hidden_BLE), second).astype(hidden_BLE.dtype)
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks whose parameters are stacked on axis 0, so compile time does not grow with depth."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        use_scan: bool = True,
+        use_remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.depth = depth
+        self.use_scan = use_scan
+        self.use_remat = use_remat
+
+        def make(layer_rngs: nnx.Rngs) -> Block:
+            return Block(
+                width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs
+            )
+
+        self.blocks = nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
+
+    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
+        """Run all blocks; with `rng`, each layer gets its own dropout key."""
+        graphdef, stacked = nnx.split(self.blocks)
+        keys = None if rng is None else jax.random.split(rng, self.depth)
+
+        def body(hidden: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            weights, key = layer
+            return nnx.merge(graphdef, weights)(hidden, key), None
+
+        if self.use_remat:
+            body = jax.checkpoint(body, prevent_cse=not self.use_scan)
+        if self.use_scan:
+            return jax.lax.scan(body, hidden_BLE, (stacked, keys))[0]
+        for index in range(self.depth):
+            hidden_BLE, _ = body(hidden_BLE, jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, keys)))
+        return hidden_BLE

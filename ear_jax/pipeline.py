@@ -1,0 +1,283 @@
+"""A trained model to use from Python: labels to images, images to tokens and back."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ear_jax import build
+from ear_jax.config import Config, from_dict
+from ear_jax.errors import ConfigError
+from ear_jax.io import model_folder
+from ear_jax.io.pictures import to_uint8
+from ear_jax.io.tensor_names import check
+from ear_jax.nn.functional import Functional, functional
+from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
+from ear_jax.types import Tokens
+
+Label = int | str
+
+
+def load(path: str | os.PathLike[str]) -> "Pipeline":
+    """Load a model folder, or the one inside a workdir.
+
+    Raises:
+        ConfigError: the folder holds no model, or one this version cannot build.
+        DataError: its tensors are damaged.
+    """
+    folder = model_folder.read(path)
+    pipeline = Pipeline(from_dict(folder.config_dict), folder.class_names, folder.tensors)
+    pipeline.path = folder.path
+    return pipeline
+
+
+class Pipeline:
+    """Tokenizer and generator with their weights; every method takes and returns host data.
+
+    Images are uint8 [n, side, side, 3] on both sides (float in [-1, 1] is accepted). Sampling runs one compiled
+    program for each padded batch size, a power of two up to `config.sample.batch_size`, spread over this process's
+    devices when it divides.
+    """
+
+    path: Path | None = None
+
+    def __init__(self, config: Config, class_names: Sequence[str], tensors: Mapping[str, Mapping[str, Any]]):
+        self.config = config
+        self.class_names = tuple(class_names)
+        abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=nnx.Rngs(0)))
+        self.spec = abstract.spec
+        self.tokenizer, self.tokenizer_arrays = _load_part(abstract, tensors, "tokenizer")
+        self.generator: Functional | None = None
+        self.generator_arrays: dict[str, jax.Array] = {}
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        if "generator" in tensors:
+            self.set_generator(tensors["generator"])
+
+    def set_generator(self, tensors: Mapping[str, Any]) -> None:
+        """Use these generator weights from now on; compiled programs stay.
+
+        Raises:
+            ConfigError: names, shapes or dtypes are not those of this config's generator.
+        """
+        abstract = nnx.eval_shape(
+            lambda: build.build_generator(self.config, self.spec, len(self.class_names), rngs=nnx.Rngs(0))
+        )
+        static, self.generator_arrays = _load_part(abstract, {"generator": tensors}, "generator")
+        if self.generator is None:
+            self.generator = static
+
+    def sample(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray,
+        *,
+        seed: int = 0,
+        start_index: int = 0,
+        steps: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
+        coarse_temperature: float | None = None,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Draw one image a label; options left out are those of the model's config.
+
+        Args:
+            labels: class ids or class names.
+            seed: image i depends on (seed, start_index + i) and its label, not on the other images.
+            start_index: number of the first image.
+            steps: backbone passes a level, coarsest first; one number is taken for every level.
+            guidance_scale: 1 is off; s * conditional + (1 - s) * unconditional.
+            guidance_schedule: `linear` or `constant` over a level's steps.
+            temperature: tau_infer of the energy head.
+            coarse_temperature: softmax temperature of the coarse level.
+            batch_size: images drawn at a time, at most.
+            on_batch: called with the number of finished images after each batch.
+
+        Returns:
+            uint8 [n, side, side, 3].
+
+        Raises:
+            ConfigError: a label, a step count or a scale is out of range, or the folder holds no generator.
+        """
+        images = [image for _, image in self.sample_batches(
+            labels,
+            seed=seed,
+            start_index=start_index,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            coarse_temperature=coarse_temperature,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )]
+        side = self.spec.image_px
+        return np.concatenate(images) if images else np.zeros((0, side, side, 3), np.uint8)
+
+    def sample_batches(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray,
+        *,
+        seed: int = 0,
+        start_index: int = 0,
+        steps: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
+        coarse_temperature: float | None = None,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Yield (label ids, uint8 images) a batch at a time, so that 50,000 images need not fit in memory."""
+        ids = self.label_ids(labels)
+        defaults = self.config.sample
+        scale = _number("guidance_scale", guidance_scale, defaults.guidance_scale)
+        numbers = {
+            "guidance_scale": scale,
+            "temperature": _number("temperature", temperature, defaults.temperature),
+            "coarse_temperature": _number("coarse_temperature", coarse_temperature, defaults.coarse_temperature),
+        }
+        plan = SamplingPlan(
+            self.steps_of_levels(steps), use_guidance=scale != 1.0, guidance_schedule=guidance_schedule or defaults.guidance_schedule
+        )
+        limit = batch_size or defaults.batch_size
+        for start in range(0, len(ids), limit):
+            chunk = ids[start : start + limit]
+            padded = min(limit, 1 << (len(chunk) - 1).bit_length())
+            rows = np.resize(chunk, padded)
+            indices = start_index + start + np.arange(padded)
+            images = self._draw(plan, rows, indices, seed, numbers)
+            yield chunk, to_uint8(images[: len(chunk)])
+            if on_batch is not None:
+                on_batch(start + len(chunk))
+
+    def encode(self, images: np.ndarray, *, seed: int | None = None) -> Tokens:
+        """Turn images into tokens; with `seed`, continuous tokens are drawn from the posterior instead of its mean.
+
+        Raises:
+            ConfigError: the images are not [n, side, side, 3] of the model's side.
+        """
+        side = self.spec.image_px
+        if images.ndim != 4 or images.shape[1:] != (side, side, 3):
+            raise ConfigError(
+                f"images have shape {images.shape}; this model encodes [n, {side}, {side}, 3]. "
+                "Crop and resize them first (ear_jax.data.transforms.center_crop)."
+            )
+        floats = images.astype(np.float32) / 127.5 - 1.0 if images.dtype == np.uint8 else images.astype(np.float32)
+        static = self.tokenizer
+        program = self._program(
+            ("encode", seed is None),
+            lambda arrays, x, rng: static.merge(arrays, arrays).encode(x, None if seed is None else rng),
+        )
+        return program(self.tokenizer_arrays, jnp.asarray(floats), jax.random.key(seed or 0))
+
+    def decode(self, tokens: Tokens) -> np.ndarray:
+        """Turn tokens, or the coarse levels of them alone, into uint8 images."""
+        static = self.tokenizer
+        program = self._program(
+            ("decode", len(tokens.levels)), lambda arrays, t: static.merge(arrays, arrays).decode(t)
+        )
+        return to_uint8(np.asarray(program(self.tokenizer_arrays, tokens)))
+
+    def label_ids(self, labels: Label | Sequence[Label] | np.ndarray) -> np.ndarray:
+        """Return int32 class ids for ids or names.
+
+        Raises:
+            ConfigError: a label is no class of this model; all wrong ones are named.
+        """
+        values = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        known = {name: index for index, name in enumerate(self.class_names)}
+        ids, wrong = [], []
+        for value in values:
+            index = known.get(value) if isinstance(value, str) else _integer(value)
+            if index is None or not 0 <= index < len(self.class_names):
+                wrong.append(repr(value))
+            else:
+                ids.append(index)
+        if wrong:
+            names = ", ".join(f"{index} {name}" for index, name in list(enumerate(self.class_names))[:12])
+            raise ConfigError(
+                f"labels {', '.join(wrong[:10])} are not classes of this model. "
+                f"Expected ids 0 to {len(self.class_names) - 1} or names: {names}{' …' if len(known) > 12 else ''}."
+            )
+        return np.asarray(ids, np.int32)
+
+    def steps_of_levels(self, steps: int | Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return backbone passes a level, coarsest first, for what `sample` accepts as `steps`; raises ConfigError."""
+        levels = build.level_configs(self.config, self.spec)
+        if steps is None:
+            own = self.config.sample
+            chosen = [
+                (own.coarse_steps if level.kind == "discrete" else own.fine_steps) or plan.steps
+                for level, plan in zip(self.spec.levels, levels, strict=True)
+            ]
+        else:
+            chosen = [steps] * len(levels) if isinstance(steps, int) else list(steps)
+        if len(chosen) != len(levels) or any(not isinstance(n, int) or n < 1 for n in chosen):
+            names = ", ".join(level.name for level in self.spec.levels)
+            raise ConfigError(f"steps={steps!r}: expected a number of at least 1 for each level ({names}), or one for all.")
+        return tuple(chosen)
+
+    def _draw(
+        self, plan: SamplingPlan, labels: np.ndarray, indices: np.ndarray, seed: int, numbers: dict[str, float]
+    ) -> np.ndarray:
+        if self.generator is None:
+            raise ConfigError(
+                f"{self.path or 'this model'} holds a tokenizer only: it cannot sample. Train a generator on it first."
+            )
+        generator, tokenizer = self.generator, self.tokenizer
+
+        def program(generator_arrays, tokenizer_arrays, labels_B, indices_B, seed, numbers):
+            model = generator.merge(generator_arrays, generator_arrays)
+            levels = sample_levels(model, labels_B, image_keys(seed, indices_B), plan, **numbers)
+            return tokenizer.merge(tokenizer_arrays, tokenizer_arrays).decode(model.to_tokens(levels))
+
+        compiled = self._program(("sample", plan), program)
+        place = self._batch_placement(len(labels))
+        rows = (place(labels), place(indices.astype(np.int32)))
+        scalars = {name: jnp.float32(value) for name, value in numbers.items()}
+        images = compiled(self.generator_arrays, self.tokenizer_arrays, *rows, jnp.uint32(seed), scalars)
+        return np.asarray(images)
+
+    def _program(self, name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        if name not in self._programs:
+            self._programs[name] = jax.jit(function)
+        return self._programs[name]
+
+    def _batch_placement(self, count: int) -> Callable[[np.ndarray], jax.Array]:
+        devices = jax.local_devices()
+        if len(devices) == 1 or count % len(devices):
+            return jnp.asarray
+        sharding = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        self.generator_arrays = jax.device_put(self.generator_arrays, replicated)
+        self.tokenizer_arrays = jax.device_put(self.tokenizer_arrays, replicated)
+        return lambda rows: jax.device_put(rows, sharding)
+
+
+def _load_part(module: nnx.Module, tensors: Mapping[str, Mapping[str, Any]], part: str) -> tuple[Functional, dict[str, jax.Array]]:
+    static, parameters, rest = functional(module)
+    expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in {**parameters, **rest}.items()}
+    check(tensors[part], expected, f"the {part} of the model folder")
+    return static, {name: jnp.asarray(tensor) for name, tensor in tensors[part].items()}
+
+
+def _number(name: str, value: float | None, default: float) -> float:
+    number = default if value is None else float(value)
+    if not np.isfinite(number) or number < 0:
+        raise ConfigError(f"{name}={value!r}: expected a finite number of at least 0.")
+    return number
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return int(value) if not isinstance(value, bool) and float(value) == int(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,1 @@
+"""Sampling: schedules, orders, guidance and the loop over levels."""

@@ -1,0 +1,30 @@
+"""Tasks: one module a verb of the command line, imported only when it is asked for.
+
+Each module has `run(config: Config, workdir: str, *, model: str | None) -> None`.
+"""
+
+TASKS = {
+    "run": "ear_jax.tasks.run",
+    "prepare": "ear_jax.tasks.prepare",
+    "tokenizer": "ear_jax.tasks.tokenizer",
+    "latents": "ear_jax.tasks.latents",
+    "generator": "ear_jax.tasks.generator",
+    "sample": "ear_jax.tasks.sample",
+    "evaluate": "ear_jax.tasks.evaluate",
+    "show": "ear_jax.tasks.show",
+    "bench": "ear_jax.tasks.bench",
+}
+"""Name on the command line -> module."""
+
+SUMMARIES = {
+    "run": "all stages in order, each skipped when its result is complete (the default)",
+    "prepare": "download and convert a tfds:NAME data set (needs the tf extra)",
+    "tokenizer": "train the tokenizer",
+    "latents": "encode the data into the cache the generator trains on",
+    "generator": "train the generator",
+    "sample": "draw images from a model folder or a run",
+    "evaluate": "measure reconstructions and samples",
+    "show": "print the resolved config, parameters, tokens, FLOPs and memory",
+    "bench": "time each stage of sampling",
+}
+"""One line a task, for --help."""

@@ -1,0 +1,25 @@
+"""The whole recipe: every stage in order, each skipped where its result is there and complete."""
+
+import time
+
+from ear_jax.config.schema import Config
+from ear_jax.tasks.evaluate import evaluate
+from ear_jax.tasks.generator import train_generator
+from ear_jax.tasks.latents import cache_latents
+from ear_jax.tasks.prepare import prepare
+from ear_jax.tasks.sample import sample
+from ear_jax.tasks.session import open_session
+from ear_jax.tasks.tokenizer import train_tokenizer
+
+
+def run(config: Config, workdir: str, *, model: str | None = None) -> None:
+    """Run prepare, tokenizer, latents, generator, sample and evaluate in one workdir."""
+    began = time.monotonic()
+    prepare(config)
+    with open_session(config, workdir) as session:
+        train_tokenizer(session)
+        cache_latents(session)
+        train_generator(session)
+        sample(config, str(session.workdir.model("generator")), session.workdir.samples)
+        evaluate(session)
+        session.say(f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {session.workdir.samples / 'grid.png'}")

@@ -1,0 +1,1 @@
+"""Images to tokens and back: LiteVAE, Lite-Hybrid, and what trains them."""

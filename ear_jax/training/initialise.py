@@ -1,0 +1,60 @@
+"""From a way to build a module to a sharded train state: shapes first, then one compiled initialisation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ear_jax.distributed.sharding import state_shardings
+from ear_jax.nn.functional import Arrays, Functional, arrays_of, functional
+from ear_jax.training.state import TrainState, create_state
+
+ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A train state that exists as shapes only, with its layout over the mesh."""
+
+    static: Functional
+    shapes: TrainState
+    shardings: TrainState
+    create: Callable[[], TrainState]
+
+    @property
+    def like(self) -> Any:
+        """The state as ShapeDtypeStructs with shardings, which is what a checkpoint is restored into."""
+        return jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            self.shapes,
+            self.shardings,
+        )
+
+
+def prepare(
+    create: ModuleFactory,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None,
+) -> Prepared:
+    """Trace the module without memory, choose shardings, and return a compiled way to make the state at step 0.
+
+    `overwrite` may replace arrays of the fresh state, for example by those of an earlier stage.
+    """
+    static, _, _ = functional(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+
+    def fresh() -> TrainState:
+        parameters, rest = arrays_of(create(nnx.Rngs(seed)))
+        if overwrite is not None:
+            parameters, rest = overwrite(parameters, rest)
+        return create_state(parameters, rest, optimizer)
+
+    shapes = jax.eval_shape(fresh)
+    shardings = state_shardings(shapes, mesh)
+    return Prepared(static, shapes, shardings, jax.jit(fresh, out_shardings=shardings))

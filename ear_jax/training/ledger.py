@@ -1,0 +1,150 @@
+"""The ledger of a run: one JSON line for every step and event, appended and flushed, never rewritten."""
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ear_jax.errors import StorageError
+
+FILE_NAME = "ledger.jsonl"
+
+
+def batch_digest(index: Any) -> str:
+    """Return 16 hex digits of the SHA-256 of image ids in order, as int64 little-endian bytes."""
+    return hashlib.sha256(np.asarray(index).astype("<i8").tobytes()).hexdigest()[:16]
+
+
+class Ledger:
+    """Append what happened in a run to `ledger.jsonl`, a line an event, flushed at once.
+
+    Floats are written twice: for people, and as `float.hex()` so that two runs can be compared bit for bit. On resume
+    the lines after the restored step stay in the file; `resume` says which of them no longer count (see `read`).
+    A second process of the same run passes `enabled=False` and writes nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], run_id: str, *, enabled: bool = True) -> None:
+        """Open (or start) the ledger of `workdir`; raises StorageError when it cannot be written."""
+        self.path = Path(workdir) / FILE_NAME
+        self.run_id = run_id
+        self._file: io.TextIOWrapper | None = None
+        if enabled:
+            try:
+                torn = _ends_torn(self.path)
+                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+                if torn:
+                    # The torn line of a killed run stays by itself, so that it cannot swallow the next one.
+                    self._file.write("\n")
+            except OSError as error:
+                raise self._fault(error) from error
+
+    def step(
+        self, stage: str, step: int, *, loss: float, grad_norm: float, batch: str = "", **extra: float | int | str
+    ) -> None:
+        """Record one update: its loss and gradient norm, the `batch_digest` of its ids, and any further scalars."""
+        values = {"loss": float(loss), "loss_hex": float(loss).hex(), "grad_norm_hex": float(grad_norm).hex()}
+        self._append({"event": "step", "stage": stage, "step": int(step), **values, "batch": batch, **extra})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record an event such as `start`, `checkpoint` or `stop` with JSON-safe fields."""
+        self._append({"event": name, **fields})
+
+    def checkpoint(self, stage: str, step: int, **fields: Any) -> None:
+        """Record that the state after `step` updates was saved."""
+        self._append({"event": "checkpoint", "stage": stage, "step": int(step), **fields})
+
+    def resume(self, stage: str, step: int, **fields: Any) -> None:
+        """Record that `stage` goes on from the state after `step` updates; later lines of that stage are superseded."""
+        self._append({"event": "resume", "stage": stage, "step": int(step), **fields})
+
+    def skip(self, stage: str, step: int, *, index: Iterable[int], loss: float, grad_norm: float) -> None:
+        """Record an update that was not applied because it was not finite, with the ids of its images."""
+        ids = [int(i) for i in np.asarray(index).reshape(-1)]
+        values = {"loss_hex": float(loss).hex(), "grad_norm_hex": float(grad_norm).hex()}
+        self._append({"event": "skip", "stage": stage, "step": int(step), **values, "index": ids})
+
+    def close(self) -> None:
+        """Close the file; later calls write nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            line = json.dumps(_json_safe({"run_id": self.run_id, **record}), allow_nan=False)
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._fault(error) from error
+
+    def _fault(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"Cannot write {self.path}: {error.strerror or error}. Expected a writable workdir with free space."
+        )
+
+
+def read(path: str | os.PathLike[str], *, with_superseded: bool = False) -> list[dict[str, Any]]:
+    """Return the records of a ledger file in order; a line torn by a kill is left out.
+
+    A `resume` of a stage at step s supersedes that stage's earlier `step`, `skip` and `checkpoint` records of steps
+    above s. They are dropped, or kept and marked with `superseded: True`.
+
+    Raises:
+        StorageError: The file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text("utf-8", "replace").splitlines()
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+    records: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(record, dict):
+            continue
+        if record.get("event") == "resume":
+            for earlier in records:
+                same = earlier.get("stage") == record["stage"] and earlier["event"] in ("step", "skip", "checkpoint")
+                if same and earlier["step"] > record["step"]:
+                    earlier["superseded"] = True
+        records.append(record)
+    return records if with_superseded else [record for record in records if "superseded" not in record]
+
+
+def _json_safe(value: Any) -> Any:
+    # JSON has no NaN; the hexadecimal twin keeps what was there.
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _json_safe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | bool) or value is None:
+        return value
+    return _json_safe(np.asarray(value).tolist())
+
+
+def _ends_torn(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

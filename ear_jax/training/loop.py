@@ -1,0 +1,235 @@
+"""The loop of a training stage: resume, compile, step, watch, save. It knows no model and no loss."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from ear_jax.bench.flops import count_flops
+from ear_jax.config.schema import TrainingConfig
+from ear_jax.data.loader import Loader
+from ear_jax.distributed.mesh import check_batch_size, put_batch, replicated
+from ear_jax.distributed.stop_signal import StopSignal
+from ear_jax.errors import NonFiniteError, PreemptedError
+from ear_jax.io.checkpoint import CheckpointStore
+from ear_jax.nn.functional import Arrays, Functional
+from ear_jax.training.hardware import peak_flops_per_s
+from ear_jax.training.initialise import ModuleFactory, Prepared, prepare
+from ear_jax.training.ledger import Ledger, batch_digest
+from ear_jax.training.optim import Recipe, make_optimizer
+from ear_jax.training.progress import Progress
+from ear_jax.training.start_report import loader_images_per_s, parameter_counts, start_report
+from ear_jax.training.state import TrainState
+from ear_jax.training.step import make_train_step
+from ear_jax.training.tensorboard import TensorBoard
+
+GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
+"""(step, state) -> pictures by name, uint8 [h, w, 3]; saving them is the hook's business, TensorBoard is the loop's."""
+
+SHOWN = ("loss", "psnr", "psnr_coarse", "loss/coarse", "loss/fine", "accuracy/coarse", "codebook/usage")
+
+
+@dataclasses.dataclass
+class StageRun:
+    """Everything the loop needs to run one stage."""
+
+    stage: str
+    config_name: str
+    config_dict: dict[str, Any]
+    settings: TrainingConfig
+    recipe: Recipe
+    create: ModuleFactory
+    loader: Loader
+    mesh: Mesh
+    seed: int
+    folder: Path
+    ledger: Ledger
+    tensorboard_folder: Path
+    overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None
+    grid: GridHook | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def train(run: StageRun) -> tuple[Functional, TrainState]:
+    """Train until the last step, from the newest good checkpoint where there is one.
+
+    Returns the static half of the module and the final state; `run.facts` gains the measured times.
+
+    Raises:
+        PreemptedError: asked to stop; the state has been saved.
+        NonFiniteError: too many updates in a row were not finite; the last checkpoint is intact.
+        ConfigError, DataError, StorageError: see their messages.
+    """
+    check_batch_size(run.settings.batch_size, run.mesh, accumulation_steps=run.settings.accumulation_steps)
+    optimizer = make_optimizer(run.recipe)
+    prepared = prepare(run.create, optimizer, run.mesh, seed=run.seed, overwrite=run.overwrite)
+    total, is_first = run.recipe.lengths.total_steps, jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        store = stack.enter_context(
+            CheckpointStore(run.folder / "checkpoints", keep=run.settings.keep_checkpoints)
+        )
+        state, start, resume = _start_state(run, prepared, store)
+        if start >= total:
+            return prepared.static, state
+        rate = loader_images_per_s(run.loader)
+        report = start_report(
+            config_name=f"{run.config_name} / {run.stage}",
+            workdir=run.folder,
+            parameters=parameter_counts(prepared.shapes["params"]),
+            resume=resume,
+            loader_images_per_s=rate,
+            enabled=is_first,
+        )
+        run.ledger.event("start", stage=run.stage, **report)
+        run.facts["loader_images_per_s"] = rate
+        began = time.monotonic()
+        first_batch = next(run.loader)
+        step_function, flops = _compile(run, prepared, optimizer, put_batch(first_batch, run.mesh))
+        tensorboard = stack.enter_context(
+            TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first)
+        )
+        peak = peak_flops_per_s(jax.devices()[0].device_kind) if run.settings.compute_dtype == "bfloat16" else None
+        progress = stack.enter_context(
+            Progress(
+                run.stage,
+                total,
+                start_step=start,
+                images_per_step=run.settings.batch_size,
+                flops_per_step=flops,
+                peak_flops_per_s=None if peak is None else peak * jax.device_count(),
+                enabled=is_first,
+            )
+        )
+        watch = _Watch(run, progress, tensorboard)
+        root = jax.random.key(run.seed)
+        batch = first_batch
+        for step in range(start + 1, total + 1):
+            state, metrics = step_function(state, put_batch(batch, run.mesh), root)
+            watch.dispatched(step, metrics, np.asarray(batch["index"]))
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                progress.first_step_done(step)
+                run.facts["time_to_first_step_s"] = time.monotonic() - began
+            is_last, is_stopping = step == total, stop.requested(step)
+            if is_last or is_stopping or step % run.settings.checkpoint_every_steps == 0:
+                with progress.paused():
+                    watch.drain()
+                    _save(run, store, step, state, wait=is_last or is_stopping)
+            if is_stopping and not is_last:
+                run.ledger.event("stop", stage=run.stage, step=step, signal=stop.name)
+                raise PreemptedError(
+                    f"{stop.name}: the state after step {step} of {total} is saved in {run.folder}. "
+                    "Run the same command again to go on from there."
+                )
+            every = run.settings.grid_every_steps
+            if run.grid is not None and (is_last or (every and step % every == 0)):
+                with progress.paused():
+                    watch.drain()
+                    for name, picture in run.grid(step, state).items():
+                        tensorboard.picture(step, f"{run.stage}/{name}", picture)
+            if not is_last:
+                batch = next(run.loader)
+        run.facts["train_s"] = time.monotonic() - began
+        run.facts["last_metrics"] = watch.last
+    return prepared.static, state
+
+
+def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> tuple[TrainState, int, str]:
+    restored = store.restore_latest(prepared.like)
+    if restored is None:
+        for note in store.notes:
+            print(f"[{run.stage}] {note}", flush=True)
+        return prepared.create(), 0, "no checkpoint, starting at step 0"
+    for note in restored.notes:
+        print(f"[{run.stage}] {note}", flush=True)
+    run.loader.set_state(restored.host["loader"])
+    run.ledger.resume(run.stage, restored.step, notes=list(restored.notes))
+    return restored.state, restored.step, f"going on from the checkpoint of step {restored.step}"
+
+
+def _compile(
+    run: StageRun, prepared: Prepared, optimizer: optax.GradientTransformation, batch: dict[str, jax.Array]
+) -> tuple[Callable[..., Any], float]:
+    """Compile the step ahead, so that its memory is known before the first update."""
+    function = make_train_step(
+        prepared.static, optimizer, run.recipe, accumulation_steps=run.settings.accumulation_steps
+    )
+    root = jax.random.key(run.seed)
+    shardings = (prepared.shardings, {name: leaf.sharding for name, leaf in batch.items()}, replicated(run.mesh))
+    jitted = jax.jit(
+        function, in_shardings=shardings, out_shardings=(prepared.shardings, replicated(run.mesh)), donate_argnums=0
+    )
+    flops = count_flops(function, prepared.shapes, batch, root)
+    compiled = jitted.lower(prepared.like, batch, root).compile()
+    memory = compiled.memory_analysis()
+    if memory is not None and jax.process_index() == 0:
+        arguments, temporary = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
+        print(
+            f"step        {flops / 1e9:.2f} GFLOP an update; per device {arguments:.0f} MiB of state and batch, "
+            f"{temporary:.0f} MiB of temporaries",
+            flush=True,
+        )
+    return compiled, flops
+
+
+def _save(run: StageRun, store: CheckpointStore, step: int, state: TrainState, *, wait: bool) -> None:
+    host = {"stage": run.stage, "seed": run.seed, "loader": run.loader.get_state(), "config": run.config_dict}
+    store.save(step, dict(state), host, wait=wait)
+    run.ledger.checkpoint(run.stage, step)
+
+
+class _Watch:
+    """Reads each step's numbers one step late, so that the device never waits for the host."""
+
+    def __init__(self, run: StageRun, progress: Progress, tensorboard: TensorBoard) -> None:
+        self.last: dict[str, float] = {}
+        self._run = run
+        self._progress = progress
+        self._tensorboard = tensorboard
+        self._pending: tuple[int, Any, np.ndarray] | None = None
+        self._skipped_before: int | None = None
+
+    def dispatched(self, step: int, metrics: Any, index: np.ndarray) -> None:
+        """Take note of a step that has been started, and read the one before it."""
+        self.drain()
+        self._pending = (step, metrics, index)
+
+    def drain(self) -> None:
+        """Read what is pending; raise NonFiniteError when too many updates in a row were skipped."""
+        if self._pending is None:
+            return
+        step, metrics, index = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.last = values
+        run, in_a_row = self._run, int(values["nonfinite_in_a_row"])
+        if in_a_row:
+            run.ledger.skip(run.stage, step, index=index, loss=values["loss"], grad_norm=values["grad_norm"])
+            self._progress.say(
+                f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} is not finite; update skipped "
+                f"({in_a_row} in a row), image ids {index[:8].tolist()}…"
+            )
+        else:
+            run.ledger.step(
+                run.stage, step, loss=values["loss"], grad_norm=values["grad_norm"], batch=batch_digest(index)
+            )
+        if in_a_row >= run.settings.max_nonfinite_in_a_row:
+            raise NonFiniteError(
+                f"{in_a_row} updates in a row were not finite, up to step {step}; expected fewer than "
+                f"max_nonfinite_in_a_row={run.settings.max_nonfinite_in_a_row}. Parameters are those before the first of "
+                f"them, and the last checkpoint in {run.folder} is intact. Lower the learning rate, or look at the images "
+                f"of the skipped steps in {run.ledger.path}."
+            )
+        if step % run.settings.log_every_steps == 0 or step == run.recipe.lengths.total_steps:
+            shown = {name: values[name] for name in SHOWN if name in values}
+            rates = self._progress.update(step, shown)
+            self._tensorboard.scalars(step, values | rates, prefix=run.stage)
+            run.ledger.event("metrics", stage=run.stage, step=step, **values, **rates)

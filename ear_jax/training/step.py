@@ -1,0 +1,92 @@
+"""One update, compiled once: gradients over micro-batches, clipping, AdamW, averaged weights, non-finite guard."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ear_jax.nn.functional import Arrays, Functional, arrays_of
+from ear_jax.training.optim import Recipe, learning_rate, train_temperature
+from ear_jax.training.state import TrainState
+from ear_jax.types import Batch, Metrics
+
+StepFunction = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    static: Functional, optimizer: optax.GradientTransformation, recipe: Recipe, *, accumulation_steps: int = 1
+) -> StepFunction:
+    """Return the pure function (state, batch, root key) -> (state, metrics) for any trainable module.
+
+    Randomness of step k is fold_in(root, k), of its micro-batch i fold_in(…, i): a resumed run repeats itself
+    exactly. Micro-batches take strided rows, so a batch sharded over devices stays where it is. A non-finite loss
+    or gradient leaves parameters, optimiser, averages and running statistics as they were; the step still counts, so
+    data and schedules move on.
+    """
+    schedule = learning_rate(recipe)
+
+    def loss_of(params: Arrays, rest: Arrays, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        module = static.merge(params, rest)
+        controls = {"train_temperature": train_temperature(recipe, step)}
+        loss, metrics = module.loss(batch, rng, step, controls)
+        return loss, (metrics, arrays_of(module)[1])
+
+    def gradients(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics, Arrays, Arrays]:
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulation_steps == 1:
+            first = jax.random.fold_in(rng, 0)
+            (loss, (metrics, rest)), grads = differentiate(state["params"], state["rest"], batch, first, state["step"])
+            return loss, metrics, rest, grads
+
+        def split(leaf: jax.Array) -> jax.Array:
+            return jnp.moveaxis(leaf.reshape(-1, accumulation_steps, *leaf.shape[1:]), 1, 0)
+
+        def body(carry: tuple[Arrays, Arrays], inputs: tuple) -> tuple[tuple[Arrays, Arrays], tuple]:
+            summed, rest = carry
+            number, micro = inputs
+            rng_i = jax.random.fold_in(rng, number)
+            (loss, (metrics, rest)), grads = differentiate(state["params"], rest, micro, rng_i, state["step"])
+            return (jax.tree.map(jnp.add, summed, grads), rest), (loss, metrics)
+
+        zeros = jax.tree.map(jnp.zeros_like, state["params"])
+        inputs = (jnp.arange(accumulation_steps), jax.tree.map(split, dict(batch)))
+        (summed, rest), (losses, metrics) = jax.lax.scan(body, (zeros, state["rest"]), inputs)
+        mean = lambda tree: jax.tree.map(lambda leaf: leaf.mean(0), tree)  # noqa: E731
+        return losses.mean(), mean(metrics), rest, jax.tree.map(lambda leaf: leaf / accumulation_steps, summed)
+
+    def train_step(state: TrainState, batch: Batch, root: jax.Array) -> tuple[TrainState, Metrics]:
+        step = state["step"]
+        loss, metrics, rest, grads = gradients(state, batch, jax.random.fold_in(root, step))
+        norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        decay = recipe.ema_decay
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
+
+        def accept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+        skipped = (~is_finite).astype(jnp.int32)
+        state = {
+            "step": step + 1,
+            "params": accept(params, state["params"]),
+            "ema": accept(ema, state["ema"]),
+            "opt_state": accept(opt_state, state["opt_state"]),
+            "rest": accept(rest, state["rest"]),
+            "nonfinite_in_a_row": (state["nonfinite_in_a_row"] + skipped) * skipped,
+            "nonfinite_total": state["nonfinite_total"] + skipped,
+        }
+        fixed = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": schedule(step),
+            "train_temperature": train_temperature(recipe, step),
+            "nonfinite_in_a_row": state["nonfinite_in_a_row"],
+            "nonfinite_total": state["nonfinite_total"],
+        }
+        return state, {**metrics, **fixed}
+
+    return train_step

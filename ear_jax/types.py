@@ -1,0 +1,89 @@
+"""The vocabulary the rooms share: tokens, specs, batches and the legend of dimension letters.
+
+Dimension letters used as suffixes (`hidden_BNE`) and in jaxtyping signatures:
+    B batch      N tokens of a level   D token channels   E width       H attention heads
+    K head dim   S scales or levels    V vocabulary       P draws per token (m in the energy score)
+    h w c        pixel rows, columns, channels            L all tokens of a sequence
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+
+Batch = Mapping[str, Any]
+"""What a loader yields, as numpy: `image` uint8 [B,h,w,3] or `level_0…`, plus `label` int32 [B] and `index` int64 [B]."""
+
+Metrics = dict[str, jax.Array]
+"""Scalars of one step, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelSpec:
+    """One level of an image: a square grid of tokens of one kind.
+
+    `size` is the vocabulary of a discrete level and the channel count of a continuous one.
+    """
+
+    name: str
+    grid: int
+    kind: Literal["discrete", "continuous"]
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the level."""
+        return self.grid * self.grid
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec:
+    """What a tokenizer promises: the side of its images and its levels, coarsest first."""
+
+    image_px: int
+    levels: tuple[LevelSpec, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """An image as tokens, level by level, coarsest first.
+
+    Discrete levels are int32 [B, N]; continuous ones float32 [B, N, D] with unit scale per channel. Tokens of a
+    row-major grid. A prefix of the levels is a legal value: decoding it shows what those levels alone hold.
+    """
+
+    levels: tuple[jax.Array, ...]
+
+    @property
+    def coarse(self) -> jax.Array | None:
+        """Ids of the last discrete level, or None for a tokenizer without one."""
+        discrete = [level for level in self.levels if level.ndim == 2]
+        return discrete[-1] if discrete else None
+
+    @property
+    def fine(self) -> jax.Array | None:
+        """The continuous level, or None where only coarse levels are held."""
+        continuous = [level for level in self.levels if level.ndim == 3]
+        return continuous[-1] if continuous else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+    """Tokens before sampling: discrete ids as they are, the continuous level as mean and standard deviation.
+
+    This is what the latents cache stores, so that each visit of an image draws fresh continuous tokens.
+    """
+
+    discrete: tuple[jax.Array, ...]
+    mean: jax.Array
+    std: jax.Array
+
+    def sample(self, rng: jax.Array | None) -> Tokens:
+        """Draw tokens; without `rng` the mean is returned."""
+        fine = self.mean
+        if rng is not None:
+            fine = fine + self.std * jax.random.normal(rng, fine.shape, fine.dtype)
+        return Tokens((*self.discrete, fine))

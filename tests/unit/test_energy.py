@@ -1,0 +1,136 @@
+"""The energy score against closed forms, its gradient at coinciding draws, and the head around it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ear_jax.heads.energy import EnergyHead, distance, energy_score
+
+
+def gaussian_distance(dimensions: int, alpha: float) -> float:
+    """E||X - X'||^alpha for independent standard normals."""
+    return 2**alpha * math.gamma((dimensions + alpha) / 2) / math.gamma(dimensions / 2)
+
+
+@pytest.mark.parametrize("alpha", [0.75, 1.0, 1.25])
+def test_gradient_is_finite_and_zero_where_draws_coincide(alpha):
+    point = jnp.ones((3, 4))
+    gradient = jax.grad(lambda a: distance(a, point, alpha).sum())(point)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_two_draws_give_the_published_loss():
+    x1, x2, y = jax.random.normal(jax.random.key(0), (3, 5, 7))
+    expected = distance(x1, y, 1.25) + distance(x2, y, 1.25) - 0.99 * distance(x1, x2, 1.25)
+    found = energy_score(jnp.stack([x1, x2]), y, alpha=1.25, temperature=0.99)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("draws", [2, 3, 8])
+@pytest.mark.parametrize("alpha", [1.0, 1.25])
+def test_score_is_unbiased_for_a_perfect_forecast(draws, alpha):
+    """Draws and target from one normal: the loss is E d(x, y) = 2 (1/2) E d(x, x'), whatever the number of draws."""
+    samples = jax.random.normal(jax.random.key(draws), (draws + 1, 20_000, 16))
+    scores = np.asarray(energy_score(samples[:draws], samples[draws], alpha=alpha))
+    error = scores.std() / math.sqrt(len(scores))
+    assert abs(scores.mean() - gaussian_distance(16, alpha)) < 4 * error
+    assert gaussian_distance(16, alpha) > 20 * error
+
+
+def test_score_prefers_the_true_spread():
+    """Strict properness: a forecast that is too narrow or too wide scores worse."""
+    samples = jax.random.normal(jax.random.key(1), (5, 20_000, 4))
+    losses = [energy_score(samples[:4] * scale, samples[4]).mean() for scale in (0.5, 1.0, 2.0)]
+    assert losses[1] < losses[0] and losses[1] < losses[2]
+
+
+def test_score_ignores_the_order_of_draws_and_scales():
+    draws, y = jax.random.normal(jax.random.key(2), (4, 6, 3)), jnp.ones((6, 3))
+    np.testing.assert_allclose(energy_score(draws[::-1], y), energy_score(draws, y), rtol=1e-5)
+    np.testing.assert_allclose(energy_score(3 * draws, 3 * y, alpha=1.5), 3**1.5 * energy_score(draws, y, alpha=1.5), rtol=1e-5)
+
+
+def make_head(**options) -> EnergyHead:
+    settings = {"hidden_width": 8, "channels": 3, "width": 16, "depth": 2, "noise_channels": 5} | options
+    return EnergyHead(**settings, rngs=nnx.Rngs(0))
+
+
+def test_first_gradient_is_finite_and_reaches_the_output():
+    head = make_head()
+    graph, parameters = nnx.split(head, nnx.Param)
+    hidden, target = jnp.ones((2, 4, 8)), jnp.ones((2, 4, 3))
+
+    def loss(parameters):
+        return nnx.merge(graph, parameters).loss(hidden, target, jnp.ones((2, 4), bool), jax.random.key(0))[0]
+
+    gradients = nnx.to_flat_state(jax.grad(loss)(parameters))
+    assert all(np.isfinite(np.asarray(leaf[...])).all() for _, leaf in gradients)
+    assert any("output" in path and np.abs(leaf[...]).max() > 0 for path, leaf in gradients)
+
+
+def test_masked_out_tokens_do_not_count():
+    head = make_head()
+    hidden, mask = jnp.ones((1, 4, 8)), jnp.asarray([[True, False, True, False]])
+    target = jnp.zeros((1, 4, 3)).at[:, 1].set(1e6)
+    loss, _ = head.loss(hidden, target, mask, jax.random.key(0))
+    assert loss == 0.0
+
+
+def train_on_mixture(repeats: int) -> np.ndarray:
+    """Fit the head to two points at -1 and +1 and return its draws."""
+    import optax
+
+    head = make_head(channels=1, width=32, repeats=repeats)
+    graph, parameters = nnx.split(head, nnx.Param)
+    optimizer = optax.adam(3e-3)
+    hidden, mask = jnp.ones((1, 256, 8)), jnp.ones((1, 256), bool)
+
+    def update(carry, key):
+        parameters, state = carry
+        target = jnp.sign(jax.random.normal(jax.random.fold_in(key, 1), (1, 256, 1)))
+        loss = lambda p: nnx.merge(graph, p).loss(hidden, target, mask, key)[0]  # noqa: E731
+        updates, state = optimizer.update(jax.grad(loss)(parameters), state)
+        return (optax.apply_updates(parameters, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), 400)
+    (parameters, _), _ = jax.jit(lambda c: jax.lax.scan(update, c, keys))((parameters, optimizer.init(parameters)))
+    trained = nnx.merge(graph, parameters)
+    keys_B = jax.random.split(jax.random.key(9), 1)
+    return np.asarray(trained.sample(trained.predict(hidden), keys_B, 1.0)).ravel()
+
+
+def test_head_learns_both_modes_of_a_mixture():
+    draws = train_on_mixture(repeats=2)
+    assert 0.3 < (draws > 0).mean() < 0.7
+    assert np.abs(np.abs(draws) - 1).mean() < 0.35
+
+
+def test_draws_depend_on_their_own_key_only():
+    head = make_head()
+    graph, parameters = nnx.split(head, nnx.Param)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), parameters)
+    head = nnx.merge(graph, noisy)
+    keys = jax.random.split(jax.random.key(0), 3)
+    prediction = head.predict(jnp.ones((3, 4, 8)))
+    together = head.sample(prediction, keys, 1.0)
+    alone = head.sample(prediction[1:2], keys[1:2], 1.0)
+    np.testing.assert_allclose(together[1:2], alone, rtol=1e-5, atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+def test_temperature_changes_draws_without_touching_scale_and_gate():
+    """At temperature 0 noise still gates and scales; with all shifts zeroed the temperature has no effect."""
+    head = make_head()
+    graph, parameters = nnx.split(head, nnx.Param)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), parameters)
+    head = nnx.merge(graph, noisy)
+    prediction, noise = head.predict(jnp.ones((1, 4, 8))), jax.random.uniform(jax.random.key(1), (1, 4, 5))
+    assert np.abs(head.draw(prediction, noise, 0.7) - head.draw(prediction, noise, 1.0)).max() > 1e-4
+    for block in head.blocks:
+        block.modulation.kernel[...] = block.modulation.kernel[...].at[:, :16].set(0)
+        block.modulation.bias[...] = block.modulation.bias[...].at[:16].set(0)
+    np.testing.assert_allclose(head.draw(prediction, noise, 0.0), head.draw(prediction, noise, 1.0), rtol=1e-6)

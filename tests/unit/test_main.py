@@ -1,0 +1,222 @@
+"""The command line as a user meets it: help, mistakes, exit statuses, and how long an answer takes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from ear_jax import command_line, main, tasks
+from ear_jax.config import strict
+from ear_jax.errors import ConfigError, DataError, PreemptedError, StorageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO = "--config=configs/lite_hybrid.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Replace the sample task by one that records its calls."""
+    seen: list[tuple] = []
+    module = types.ModuleType("recording_task")
+    module.run = lambda config, workdir, *, model: seen.append((config, workdir, model))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "recording_task", module)
+    for name in ("run", "sample"):
+        monkeypatch.setitem(tasks.TASKS, name, "recording_task")
+    return seen
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *(["-c", code] if code else []), *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_the_default_task_and_workdir(calls: list[tuple]) -> None:
+    assert main.main([DEMO, "--config.sample.guidance_scale=2"]) == 0
+    config, workdir, model = calls[0]
+    assert (config.sample.guidance_scale, workdir, model) == (2.0, "runs/lite_hybrid", None)
+
+
+def test_values_can_follow_their_flags(calls: list[tuple]) -> None:
+    arguments = ["--config", "configs/lite_hybrid.py:cifar10", "--task", "sample", "--config.seed", "5"]
+    assert main.main([*arguments, "--workdir", "runs/x", "--model", "m"]) == 0
+    config, workdir, model = calls[0]
+    assert (config.seed, config.name, workdir, model) == (5, "lite_hybrid_cifar10", "runs/x", "m")
+
+
+def test_a_model_folder_brings_its_config(calls: list[tuple], tmp_path: Path) -> None:
+    stored = strict.to_dict(strict.resolve({"tokenizer_training": {"steps": 9}, "generator_training": {"steps": 9}}))
+    folder = tmp_path / "run7" / "generator" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"format": "ear_jax model folder", "config": stored}))
+    for model in (folder, tmp_path / "run7"):
+        assert main.main(["--task=sample", f"--model={model}", "--config.sample.labels=(1,2)"]) == 0
+        config, workdir, given = calls.pop()
+        assert (config.sample.labels, config.tokenizer_training.steps) == ((1, 2), 9)
+        assert (workdir, given) == ("runs/model_run7", str(model))
+
+
+def test_a_used_workdir_brings_its_config(calls: list[tuple], tmp_path: Path) -> None:
+    stored = strict.to_dict(command_line.read([DEMO, "--config.seed=77"]).config)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert main.main([f"--workdir={tmp_path}"]) == 0
+    assert calls[0][0].seed == 77
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        command_line.read([f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--workdirs=x", "--workdirs: unknown flag. Did you mean --workdir?"),
+        ("--sample.guidance_scale=2", "Did you mean --config.sample.guidance_scale?"),
+        ("--guidance=2", "Did you mean --config.sample.guidance_sc"),
+        ("--task=smaple", "Did you mean sample?"),
+        ("--zzzz=1", "Known: --config"),
+        ("stray", "'stray' is not a flag"),
+        ("--workdir", "--workdir lacks its value"),
+        ("--workdir=", "--workdir is empty"),
+        ("--config=other.py", "--config: given twice"),
+    ],
+)
+def test_wrong_flags_are_explained(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([DEMO, argument]) == 64
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_faults_of_flags_and_config_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([DEMO, "--task=shw", "--config.data.imge_px=3", "--config.seed=x"]) == 64
+    assert "3 faults" in capsys.readouterr().err
+
+
+def test_without_a_config_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--task=show"]) == 64
+    text = capsys.readouterr().err
+    assert "configs/lite_hybrid.py" in text and "imagenet1024" in text and "compact" in text
+
+
+def test_help_lists_tasks_recipes_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name}" in text for name in tasks.TASKS)
+    assert "configs/lite_vae.py" in text
+    assert main.main(["--help=sample"]) == 0
+    text = capsys.readouterr().out
+    assert "--config.sample.guidance_scale=1.0" in text and "config.data" not in text
+    assert main.main(["--help=sampel"]) == 64
+    assert "Did you mean sample" in capsys.readouterr().err
+
+
+def test_every_task_has_a_summary() -> None:
+    assert set(tasks.SUMMARIES) == set(tasks.TASKS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DataError("d"), 65), (StorageError("s"), 74), (PreemptedError("p"), 75), (KeyboardInterrupt(), 130)],
+)
+def test_errors_become_exit_statuses(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    module = types.ModuleType("failing_task")
+    module.run = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "failing_task", module)
+    monkeypatch.setitem(tasks.TASKS, "run", "failing_task")
+    assert main.main([DEMO]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_programming_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("broken_task")
+    module.run = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "broken_task", module)
+    monkeypatch.setitem(tasks.TASKS, "run", "broken_task")
+    with pytest.raises(ZeroDivisionError):
+        main.main([DEMO])
+
+
+def test_a_config_error_is_answered_within_two_seconds() -> None:
+    start = time.monotonic()
+    answer = python("", "-m", "ear_jax.main", DEMO, "--config.data.imge_px=3")
+    assert time.monotonic() - start < 2.0
+    assert answer.returncode == 64
+    assert answer.stderr == "ConfigError: config.data.imge_px: unknown key. Did you mean config.data.image_px?\n"
+    assert answer.stdout == ""
+
+
+def test_the_package_and_the_command_line_import_fast_and_without_jax() -> None:
+    code = (
+        "import sys, time; start = time.monotonic(); import ear_jax; took = time.monotonic() - start\n"
+        "from ear_jax import main; from ear_jax.config import strict, files\n"
+        "heavy = {'jax', 'flax', 'numpy', 'tensorflow', 'torch'} & set(sys.modules)\n"
+        "print(took < 0.3, sorted(heavy), ear_jax.__version__)"
+    )
+    answer = python(code)
+    assert answer.stdout.startswith("True [] "), answer.stdout + answer.stderr
+
+
+def test_the_package_has_no_other_attributes() -> None:
+    import ear_jax
+
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = ear_jax.laod
+
+
+def test_the_slurm_launcher_requeues_what_was_saved(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, body in {
+        "srun": 'echo "srun $*" "proxy=${https_proxy:-none}"; exit "$STATUS"',
+        "scontrol": 'echo "scontrol $*"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": "41",
+        "https_proxy": "somewhere",
+    }
+
+    def launch(status: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", REPOSITORY / "launch" / "slurm.sh", *arguments],
+            cwd=REPOSITORY,
+            env={**environment, "STATUS": str(status)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+
+    saved = launch(75, DEMO, "--workdir=runs/x")
+    assert f"-m ear_jax.main {DEMO} --workdir=runs/x proxy=none" in saved.stdout
+    assert "scontrol requeue 41" in saved.stdout
+    assert saved.returncode == 0
+    for status in (0, 64, 70):
+        ended = launch(status, DEMO)
+        assert ended.returncode == status
+        assert "requeue" not in ended.stdout
+    assert launch(0).returncode == 64

@@ -1,0 +1,98 @@
+"""Pictures: the uint8 formula, grids, file names, .npz, and whole-file writes."""
+
+import logging
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ear_jax.errors import StorageError
+from ear_jax.io import pictures
+from ear_jax.io.atomic import atomic_file
+
+
+def _images(count: int, side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def test_every_byte_survives_the_round_trip_and_agrees_with_dit_off_ties():
+    levels = np.arange(256, dtype=np.float32)
+    pixels = np.stack([levels] * 3, -1)[None]
+    assert (pictures.to_uint8(pixels / 127.5 - 1)[0, :, 0] == levels).all()
+    drawn = np.random.default_rng(1).uniform(-1.2, 1.2, (64, 64, 3)).astype(np.float32)
+    assert (pictures.to_uint8(drawn) == np.clip(127.5 * drawn + 128, 0, 255).astype(np.uint8)).all()
+    truncated = (np.clip((drawn + 1) / 2, 0, 1) * 255).astype(np.uint8)
+    assert (pictures.to_uint8(drawn) != truncated).mean() > 0.3
+
+
+def test_jax_arrays_out_of_range_and_low_precision():
+    image = jnp.asarray([[[-3.0, 0.0, 7.0]]], jnp.bfloat16)
+    assert pictures.to_uint8(image).tolist() == [[[0, 128, 255]]]
+
+
+def test_values_that_are_not_numbers_are_zero_and_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert pictures.to_uint8(np.full((1, 1, 3), np.nan, np.float32)).tolist() == [[[0, 0, 0]]]
+    assert "3 of 3" in caplog.text
+
+
+def test_grid_enlarges_by_whole_pixels_and_keeps_order():
+    images = _images(5, 32)
+    canvas = pictures.grid(images, columns=3)
+    assert canvas.shape == (2 * 130 + 2, 3 * 130 + 2, 3)
+    assert (canvas[2:130:4, 2:130:4] == images[0]).all()
+    assert (canvas[132:260:4, 132:260:4] == images[4]).all()
+    assert (canvas[132:, 262:] == 255).all()
+    assert pictures.grid(_images(4, 200)).shape == (2 * 202 + 2, 2 * 202 + 2, 3)
+
+
+def test_grid_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        pictures.grid(_images(0, 8))
+
+
+def test_save_grid_writes_titles_above_and_leaves_the_images_alone(tmp_path):
+    images = _images(2, 32)
+    path = pictures.save_grid(tmp_path / "new" / "grid.png", images, columns=2, titles=["circle", "a very " * 20])
+    canvas = np.asarray(Image.open(path))
+    assert canvas.shape == (2 + 130 + 16, 2 * 130 + 2, 3)
+    assert (canvas[18:146:4, 132:260:4] == images[1]).all()
+    assert (canvas[2:18, 2:130] < 100).any()
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+    with pytest.raises(ValueError, match="1 titles for 2 images"):
+        pictures.save_grid(path, images, titles=["one"])
+
+
+def test_save_images_numbers_and_makes_names_safe(tmp_path):
+    images = _images(3, 8)
+    names = ["tench, Tinca/tinca", "Crème brûlée", "../\udcff"]
+    paths = pictures.save_images(tmp_path, images, np.array([0, 1, 2]), start_index=41, class_names=names)
+    assert [p.name for p in paths] == ["000041_tench-Tinca-tinca.png", "000042_Creme-brulee.png", "000043_class.png"]
+    assert (np.asarray(Image.open(paths[1])) == images[1]).all()
+    assert pictures.save_images(tmp_path, images[:1], [7])[0].name == "000000_7.png"
+
+
+def test_npz_is_what_adm_reads(tmp_path):
+    images = _images(4, 8)
+    path = pictures.save_npz(tmp_path / "samples.npz", images, [3, 1, 2, 0])
+    with np.load(path) as stored:
+        assert stored["arr_0"].dtype == np.uint8 and (stored["arr_0"] == images).all()
+        assert stored["label_arr"].dtype == np.int64 and stored["label_arr"].tolist() == [3, 1, 2, 0]
+    with pytest.raises(ValueError, match="expected one label"):
+        pictures.save_npz(path, images, [1])
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="Cannot write"):
+        pictures.save_grid(tmp_path / "file" / "grid.png", _images(1, 8))

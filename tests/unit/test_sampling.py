@@ -1,0 +1,226 @@
+"""Schedules, orders, guidance and the loop over levels, on a tiny generator with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ear_jax.backbones.masked import MaskedBackbone
+from ear_jax.generator import Generator, LevelPlan, patchify, unpatchify
+from ear_jax.heads.energy import EnergyHead
+from ear_jax.heads.softmax import SoftmaxHead
+from ear_jax.sampling.guidance import growth, mix
+from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
+from ear_jax.sampling.orders import mask_first, random_ranks, training_counts
+from ear_jax.sampling.schedules import masked_after_steps
+from ear_jax.types import LevelSpec
+
+COARSE, FINE = LevelSpec("coarse", 2, "discrete", 7), LevelSpec("fine", 4, "continuous", 3)
+
+
+def make_generator(levels=(COARSE, FINE), *, use_scan=True, dropout=0.0, patch_size=1) -> Generator:
+    """A two-block generator whose weights are all random, so that nothing hides behind a zero initialisation."""
+    rngs = nnx.Rngs(0)
+    backbone = MaskedBackbone(
+        levels=levels, classes=3, width=16, depth=2, heads=2, class_tokens=2, dropout=dropout, use_scan=use_scan, rngs=rngs
+    )
+    heads = [
+        SoftmaxHead(width=16, vocabulary=level.size, rngs=rngs)
+        if level.kind == "discrete"
+        else EnergyHead(hidden_width=16, channels=level.size, width=16, depth=1, noise_channels=4, rngs=rngs)
+        for level in levels
+    ]
+    plans = tuple(LevelPlan(level, "uniform", 0.0, 0.25, 0.1, 1.0) for level in levels)
+    generator = Generator(backbone=backbone, heads=heads, plans=plans, patch_size=patch_size, label_drop=0.1)
+    graph, parameters, rest = nnx.split(generator, nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(parameters)
+    noisy = [
+        leaf + 0.2 * jax.random.normal(jax.random.fold_in(jax.random.key(1), number), leaf.shape)
+        for number, leaf in enumerate(leaves)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(tree, noisy), rest)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (8, [251, 236, 212, 181, 142, 97, 49, 0]),
+        (16, [254, 251, 244, 236, 225, 212, 197, 181, 162, 142, 120, 97, 74, 49, 25, 0]),
+        (1, [0]),
+    ],
+)
+def test_schedule_matches_the_reference_tables(steps, expected):
+    """The reference lists 1 as the last entry and then draws all that remain; here that is written as 0."""
+    np.testing.assert_array_equal(masked_after_steps(256, steps), expected)
+
+
+def test_schedule_is_exact_at_two_thirds():
+    assert masked_after_steps(256, 3)[1] == 128
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 16, 40])
+def test_schedule_never_grows_and_ends_empty(steps):
+    table = masked_after_steps(16, steps)
+    assert len(table) == steps and table[-1] == 0 and (np.diff(table) <= 0).all() and table.max() < 16 + (steps == 1)
+
+
+def test_ranks_are_permutations_and_differ_between_images():
+    ranks = random_ranks(jax.random.split(jax.random.key(0), 4), 9)
+    np.testing.assert_array_equal(np.sort(ranks, axis=1), np.tile(np.arange(9), (4, 1)))
+    assert len({tuple(row) for row in np.asarray(ranks).tolist()}) > 1
+    assert mask_first(ranks, jnp.asarray([0, 3, 9, 1])).sum(1).tolist() == [0, 3, 9, 1]
+
+
+def test_truncated_normal_mask_ratio_has_the_published_mean():
+    counts = training_counts(
+        jax.random.key(0), 20_000, 256, distribution="truncated_normal", low=0.7, std=0.25, full_probability=0.0
+    )
+    assert counts.min() >= 179 and counts.max() <= 256
+    assert abs(float(counts.mean()) / 256 - 0.867) < 0.005
+
+
+def test_full_probability_masks_whole_levels():
+    counts = training_counts(jax.random.key(0), 4000, 16, distribution="uniform", low=0.0, std=1.0, full_probability=0.5)
+    assert 0.47 < float((counts == 16).mean()) < 0.6
+
+
+def test_guidance_scale_one_is_the_conditional_branch_and_growth_is_the_references():
+    a, b = jnp.ones((2,)), jnp.zeros((2,))
+    np.testing.assert_array_equal(mix(a, b, 1.0), a)
+    np.testing.assert_array_equal(mix(a, b, 3.0), 3 * a)
+    table = masked_after_steps(256, 8)
+    np.testing.assert_allclose(growth(table, 256, "linear")[[0, -1]], [5 / 256, 255 / 256])
+    np.testing.assert_array_equal(growth(table, 256, "constant"), 1.0)
+
+
+def test_patches_are_channel_major_and_invertible():
+    tokens = jax.random.normal(jax.random.key(0), (2, 16, 3))
+    patches = patchify(tokens, 2)
+    assert patches.shape == (2, 4, 12)
+    np.testing.assert_array_equal(unpatchify(patches, 2), tokens)
+    np.testing.assert_array_equal(patches[0, 0, :4], tokens[0, jnp.asarray([0, 1, 4, 5]), 0])
+
+
+def test_masked_tokens_leak_nothing():
+    """The gradient of the hidden states with respect to masked inputs is zero, to visible ones it is not."""
+    generator = make_generator()
+    fine, mask = jax.random.normal(jax.random.key(0), (1, 16, 3)), jnp.arange(16)[None] < 9
+    coarse, label, keep = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
+    total = lambda tokens: (generator.backbone((coarse, tokens), mask, label, keep) ** 2).sum()  # noqa: E731
+    gradient = np.abs(jax.grad(total)(fine)).max(-1)[0]
+    assert (gradient[:9] == 0).all() and (gradient[9:] > 0).all()
+
+
+def test_loss_of_a_level_does_not_see_its_masked_targets_through_the_backbone():
+    """Changing masked ids changes the loss but not the hidden states it is computed from."""
+    generator = make_generator()
+    mask, label, keep = jnp.ones((1, 4), bool), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
+    a = generator.backbone((jnp.zeros((1, 4), jnp.int32),), mask, label, keep)
+    b = generator.backbone((jnp.full((1, 4), 5, jnp.int32),), mask, label, keep)
+    np.testing.assert_array_equal(a, b)
+
+
+def test_scanned_blocks_equal_unrolled_ones():
+    scanned, unrolled = make_generator(), make_generator(use_scan=False)
+    mask, label, keep = jnp.ones((1, 4), bool), jnp.ones((1,), jnp.int32), jnp.zeros((1,), bool)
+    tokens = (jnp.zeros((1, 4), jnp.int32),)
+    np.testing.assert_allclose(
+        scanned.backbone(tokens, mask, label, keep), unrolled.backbone(tokens, mask, label, keep), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_dropout_changes_with_its_key_only():
+    generator = make_generator(dropout=0.3)
+    mask, label, keep = jnp.ones((1, 4), bool), jnp.ones((1,), jnp.int32), jnp.zeros((1,), bool)
+    run = lambda rng: np.asarray(generator.backbone((jnp.zeros((1, 4), jnp.int32),), mask, label, keep, rng))  # noqa: E731
+    first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3 and np.abs(first - run(None)).max() > 1e-3
+
+
+def draw(labels, indices, *, steps=(3, 2), scale=1.0, seed=0, temperature=1.0, generator=None):
+    """Sample levels as numpy."""
+    generator = generator or make_generator()
+    plan = SamplingPlan(steps, scale != 1.0, "linear")
+    levels = jax.jit(
+        lambda labels, keys, s, t: sample_levels(
+            generator, labels, keys, plan, guidance_scale=s, temperature=t, coarse_temperature=1.0
+        )
+    )(jnp.asarray(labels), image_keys(seed, jnp.asarray(indices)), scale, temperature)
+    return [np.asarray(level) for level in levels]
+
+
+def test_a_sample_depends_on_seed_and_index_not_on_its_neighbours():
+    generator = make_generator()
+    together = draw([0, 1, 2, 1], [0, 1, 2, 3], generator=generator, scale=2.0)
+    alone = draw([2], [2], generator=generator, scale=2.0)
+    np.testing.assert_array_equal(together[0][2:3], alone[0])
+    np.testing.assert_allclose(together[1][2:3], alone[1], rtol=2e-4, atol=2e-5)
+    assert np.abs(together[1][1] - together[1][3]).max() > 1e-3, "equal labels, other indices: other images"
+    other = draw([2], [2], generator=generator, scale=2.0, seed=1)
+    assert np.abs(other[1] - alone[1]).max() > 1e-3
+
+
+def test_every_token_is_drawn_once_for_any_number_of_steps():
+    """A token left at its empty value would be exactly zero; draws of continuous tokens are not."""
+    for steps in ((1, 1), (4, 16), (9, 40)):
+        levels = draw([0, 1], [0, 1], steps=steps)
+        assert levels[0].shape == (2, 4) and (levels[0] >= 0).all() and (levels[0] < 7).all()
+        assert (np.abs(levels[1]).min(-1) > 0).all()
+
+
+def test_guidance_off_equals_guidance_scale_one():
+    generator = make_generator()
+    plan = SamplingPlan((2, 1), True, "linear")
+    guided = sample_levels(
+        generator,
+        jnp.asarray([0, 1]),
+        image_keys(0, jnp.arange(2)),
+        plan,
+        guidance_scale=1.0,
+        temperature=1.0,
+        coarse_temperature=1.0,
+    )
+    plain = draw([0, 1], [0, 1], steps=(2, 1), generator=generator)
+    np.testing.assert_array_equal(guided[0], plain[0])
+    np.testing.assert_allclose(guided[1], plain[1], rtol=1e-3, atol=1e-4)
+
+
+def test_labels_matter():
+    assert any((a != b).any() for a, b in zip(draw([0], [0]), draw([1], [0]), strict=True))
+
+
+def test_generator_without_a_coarse_level_is_ear():
+    levels = draw([0, 1], [0, 1], steps=(4,), generator=make_generator((FINE,)))
+    assert len(levels) == 1 and levels[0].shape == (2, 16, 3)
+
+
+def batch(count=6) -> dict[str, np.ndarray]:
+    """Cached tokens of a two-level tokenizer."""
+    rng = np.random.default_rng(0)
+    return {
+        "level_0": rng.integers(0, 7, (count, 4), np.int32),
+        "mean": rng.normal(size=(count, 16, 3)).astype(np.float32),
+        "std": np.full((count, 16, 3), 0.1, np.float32),
+        "label": rng.integers(0, 3, count, np.int32),
+        "index": np.arange(count),
+    }
+
+
+def test_loss_covers_every_level_and_weights_them():
+    generator = make_generator()
+    loss, metrics = generator.loss(batch(), jax.random.key(0), jnp.int32(0), {})
+    np.testing.assert_allclose(loss, metrics["loss/coarse"] + metrics["loss/fine"], rtol=1e-6)
+    assert np.isfinite(loss) and metrics["spread/fine"] > 0
+
+
+def test_head_kind_must_match_its_level():
+    with pytest.raises(ValueError, match="fine is continuous"):
+        Generator(
+            backbone=make_generator().backbone,
+            heads=[SoftmaxHead(width=16, vocabulary=7, rngs=nnx.Rngs(0))],
+            plans=(LevelPlan(FINE, "full", 0.0, 0.25, 0.0, 1.0),),
+            patch_size=1,
+            label_drop=0.1,
+        )
