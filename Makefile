@@ -38,7 +38,7 @@ test-slow: lint
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m basedpyright
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.installed-dev
@@ -63,5 +63,5 @@ $(VENV)/.installed-run: $(SOURCES)
 	else VENV=$(VENV) PYTHON="$(PYTHON)" sh .ci/install run $(EXTRA); fi
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist
 	find . -name __pycache__ -type d -not -path "./runs/*" -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """The entry point: command line to task, errors to exit statuses. It imports neither jax nor any task at the top."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if command_line.wants_help(arguments):
-            print(command_line.help_text(arguments))
-            return 0
+            return _print(command_line.help_text(arguments))
         request = command_line.read(arguments)
         task = importlib.import_module(TASKS[request.task])
         task.run(request.config, request.workdir, model=request.model)
@@ -27,6 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr, flush=True)
         return _INTERRUPTED_STATUS
+    return 0
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help=all | head`; the interpreter must not flush into the closed pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

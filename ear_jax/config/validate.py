@@ -92,11 +92,13 @@ def _tokenizer(config: Config) -> Iterator[Fault]:
             f"2**config.tokenizer.vae.wavelet_levels; use {fitting} px or fewer wavelet levels.",
             grid_paths,
         )
-    if len(vae.decoder_multipliers) != vae.wavelet_levels + 1:
+    decoder_levels = vae.wavelet_levels + (vae.decoder_output == "image")
+    if len(vae.decoder_multipliers) != decoder_levels:
         yield Fault(
             f"config.tokenizer.vae.decoder_multipliers={_tuple(vae.decoder_multipliers)} has "
-            f"{len(vae.decoder_multipliers)} entries, expected wavelet_levels + 1 = {vae.wavelet_levels + 1}.",
-            ("tokenizer.vae.decoder_multipliers", "tokenizer.vae.wavelet_levels"),
+            f"{len(vae.decoder_multipliers)} entries, expected {decoder_levels}: one for each of the "
+            f"{vae.wavelet_levels} wavelet levels, and one more with decoder_output='image'.",
+            ("tokenizer.vae.decoder_multipliers", "tokenizer.vae.wavelet_levels", "tokenizer.vae.decoder_output"),
         )
     for path, multipliers in (
         ("tokenizer.vae.encoder_multipliers", vae.encoder_multipliers),

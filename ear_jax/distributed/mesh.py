@@ -1,7 +1,7 @@
 """The named device mesh, and how a batch is laid over it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange all devices of all processes in a mesh with the axes `data`, `fsdp` and `tensor`.
 
     One of the sizes may be -1: it takes what the others leave. Raises ConfigError when the sizes do not fit the number

@@ -91,5 +91,5 @@ class Watchdog:
             doing = self._doing
         print(f"FATAL: stuck in {doing}; the stacks of all threads follow", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         self._leave(EXIT_STATUS)

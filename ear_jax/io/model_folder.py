@@ -91,7 +91,9 @@ def write(
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        files = {f"{part}.safetensors": _write_tensors(fresh / f"{part}.safetensors", tensors[part]) for part in tensors}
+        files = {
+            f"{part}.safetensors": _write_tensors(fresh / f"{part}.safetensors", tensors[part]) for part in tensors
+        }
         document = {
             "format": _FORMAT,
             "schema_version": SCHEMA_VERSION,

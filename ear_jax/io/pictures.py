@@ -1,4 +1,4 @@
-"""Arrays of images to picture files: THE conversion to uint8, grids for people, single files and .npz for evaluators."""
+"""Arrays of images to picture files: THE conversion to uint8, grids for people, files and .npz for evaluators."""
 
 import logging
 import math

@@ -44,10 +44,10 @@ class _Block(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """Residual network: a stride-2 stem, then blocks that halve the grid down to 4 x 4, mean pooling, one linear layer."""
+    """Residual network: a stride-2 stem, blocks that halve the grid down to 4 x 4, mean pooling, one linear layer."""
 
     def __init__(self, *, classes: int, channels: int, image_px: int, seed: int = 0) -> None:
-        """Make a classifier for square images of `image_px`, with `channels` at the first and 8 x as many at the last grid.
+        """Make a classifier for square images of `image_px`, `channels` wide at the first grid, at most 8 x that later.
 
         Raises:
             ValueError: The images are smaller than 16 pixels.
@@ -111,7 +111,7 @@ def train_classifier(
     schedule = optax.warmup_cosine_decay_schedule(0.0, _PEAK_LEARNING_RATE, warmup, max(steps, warmup + 1))
     for step in range(1, steps + 1):
         batch, rng = next(batches), jax.random.fold_in(root, step)
-        rate = np.float32(schedule(step))
+        rate = np.asarray(schedule(step), np.float32)
         params, opt_state, loss, right = update(params, opt_state, batch["image"], batch["label"], rng, rate)
         if log is not None and (step % _LOG_EVERY_STEPS == 0 or step == steps):
             log(f"classifier step {step}/{steps}  loss {float(loss):.3f}  accuracy on degraded {float(right):.3f}")
@@ -150,7 +150,7 @@ def _make_update(graph: Any, classes: int, use_flip: bool) -> tuple[optax.Gradie
 
 
 def _initial(shapes: Any, seed: int) -> Any:
-    """Draw He-normal kernels, unit scales and zero biases on the host: compiling the draws would take longer than training."""
+    """Draw He-normal kernels, unit scales and zero biases on the host: compiling the draws would take many seconds."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -189,7 +189,7 @@ def trust_report(
     result = {"accuracy_clean": accuracy(classifier, images, labels)}
     floats, half = _to_float(jnp.asarray(images)), jnp.full(len(images), 0.5)
     for name, function in DEGRADATIONS.items():
-        worse = jnp.clip(function(floats, jax.random.key(seed), half), -1.0, 1.0)
+        worse = jnp.clip(jax.jit(function)(floats, jax.random.key(seed), half), -1.0, 1.0)
         result[f"accuracy_{name}"] = accuracy(classifier, worse, labels)
     return result
 

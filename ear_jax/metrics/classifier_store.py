@@ -60,7 +60,7 @@ def _load(path: Path, key: str, shape: dict[str, int]) -> Classifier | None:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError):
         return None
     if metadata.get("digest") != _digest(tensors):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Initializer = jax.nn.initializers.Initializer
@@ -19,7 +20,7 @@ def convolution(
     groups: int = 1,
     padding: str = "SAME",
     kernel_init: Initializer = FAN_IN,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """Make a square convolution with bias, float32 parameters and computation in `dtype`."""
@@ -46,7 +47,7 @@ class Pointwise(nnx.Module):
     """A 1x1 convolution, factored into two thin ones when `rank` is smaller than the full product."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, rank: int = 0, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, in_channels: int, out_channels: int, *, rank: int = 0, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         thin = 0 < rank < in_channels * out_channels / (in_channels + out_channels)
         self.reduce = convolution(in_channels, rank, kernel=1, dtype=dtype, rngs=rngs) if thin else None
@@ -72,7 +73,7 @@ class MixedConv(nnx.Module):
         groups: int,
         rank: int,
         self_modulated: bool,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         groups = usable_groups(groups, in_channels, out_channels)
@@ -97,7 +98,7 @@ class SelfModulatedConv(nnx.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, in_channels: int, out_channels: int, *, groups: int = 1, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         self.groups = groups
         self.dtype = dtype

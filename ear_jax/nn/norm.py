@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -18,7 +19,7 @@ def group_count(channels: int, *, limit: int = 32, smallest: int = 4) -> int:
 class GroupNorm(nnx.Module):
     """Group normalisation with a learned scale and bias, epsilon 1e-6."""
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, channels: int, *, dtype: DTypeLike = jnp.float32):
         self.groups = group_count(channels)
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.conv import FAN_IN, ZEROS, convolution
@@ -21,7 +22,7 @@ class SpatialAttention(nnx.Module):
         *,
         use_norm: bool = True,
         zero_output: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.norm = GroupNorm(channels, dtype=dtype) if use_norm else None

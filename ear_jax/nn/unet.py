@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.conv import (
@@ -33,7 +34,7 @@ class ResidualBlock(nnx.Module):
         norm: str = "group",
         groups: int = 1,
         rank: int = 0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         def conv(inputs: int) -> nnx.Module:
@@ -83,7 +84,7 @@ class UNet(nnx.Module):
         zero_output: bool = False,
         groups: int = 1,
         rank: int = 0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         def block(inputs: int, outputs: int) -> ResidualBlock:

@@ -17,7 +17,7 @@ def haar(images: Float[Array, "B h w c"]) -> Float[Array, "B h//2 w//2 4*c"]:
     return 0.5 * jnp.concatenate(bands, axis=-1)
 
 
-def inverse_haar(bands: Float[Array, "B h w 4*c"]) -> Float[Array, "B 2*h 2*w c"]:
+def inverse_haar(bands: Float[Array, "B h w k"]) -> Float[Array, "B 2*h 2*w k//4"]:
     """Rebuild the image from its four orthonormal Haar bands."""
     low, vertical, horizontal, diagonal = jnp.split(0.5 * bands, 4, axis=-1)
     a = low + vertical + horizontal + diagonal

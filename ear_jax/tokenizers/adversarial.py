@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ear_jax.tokenizers.discriminator import (
@@ -31,7 +32,7 @@ class AdversarialLoss(nnx.Module):
         channels: int,
         r1: float,
         lecam: float,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.weight = weight

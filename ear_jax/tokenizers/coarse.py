@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.conv import convolution, depth_to_space
 from ear_jax.tokenizers.codebook import Codebook, CodebookState, nearest, start, update
@@ -31,7 +32,7 @@ class CoarseLevel(nnx.Module):
         stride: int,
         codes: int,
         code_channels: int,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.stride = stride
@@ -71,7 +72,7 @@ class CoarseTokenizer(nnx.Module):
         initialisation: str,
         decay: float,
         revive_below: float,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         wrong = [grid for grid in grids if grid < 1 or latent_grid % grid]
@@ -123,11 +124,13 @@ class CoarseTokenizer(nnx.Module):
             maps.append(level.up(codes.reshape(codes.shape[0], grid, grid, -1)))
         return sum(maps[1:], start=maps[0])
 
-    def train(self, latent: Float[Array, "B h w c"], rng: jax.Array) -> CoarseTraining:
+    def train(
+        self, latent: Float[Array, "B h w c"], rng: jax.Array, is_active: Bool[Array, ""] | bool = True
+    ) -> CoarseTraining:
         """Quantise with straight-through gradients; return the map, the commitment loss and the updated codebooks.
 
-        A codebook that has not started is placed on this batch first. The module itself is not changed, so the call
-        may stand inside `lax.cond`; the caller stores the books.
+        A codebook that has not started is placed on this batch first, once `is_active`. The module itself is not
+        changed; the caller stores the books.
         """
         residual, commitment, books = latent, jnp.zeros(()), []
         for level, level_rng in zip(self.levels, jax.random.split(rng, len(self.levels)), strict=True):
@@ -135,7 +138,7 @@ class CoarseTokenizer(nnx.Module):
             flat = jax.lax.stop_gradient(vectors.reshape(-1, vectors.shape[-1]))
             start_rng, update_rng = jax.random.split(level_rng)
             state = jax.lax.cond(
-                level.book.started[...] > 0,
+                (level.book.started[...] > 0) | ~jnp.asarray(is_active),
                 lambda state, *_: state,
                 lambda state, flat, rng: start(state, flat, rng, initialisation=self.initialisation),
                 level.book.state,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.conv import MixedConv, convolution, upsample_nearest
@@ -33,7 +34,7 @@ class Decoder(nnx.Module):
         groups: int,
         rank: int,
         output: str,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         def block(inputs: int, outputs: int) -> ResidualBlock:

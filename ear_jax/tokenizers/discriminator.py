@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.conv import average_pool, convolution, upsample_nearest
@@ -22,7 +23,7 @@ class UNetDiscriminator(nnx.Module):
     Per-pixel verdicts tell the decoder where an image is wrong (arXiv 2002.12655). The sides must be multiples of 8.
     """
 
-    def __init__(self, *, channels: int, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, *, channels: int, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         widths = [channels * 2**level for level in range(LEVELS + 1)]
         self.entry = convolution(3, widths[0], dtype=dtype, rngs=rngs)
         self.down = nnx.List(

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.unet import UNet
@@ -22,7 +23,7 @@ class FineResidual(nnx.Module):
         channels: int,
         multipliers: tuple[int, ...],
         blocks: int,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         factor = 2 ** (len(multipliers) - 1)

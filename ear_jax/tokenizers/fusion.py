@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.conv import ZEROS, convolution
@@ -20,7 +21,7 @@ class NoFusion(nnx.Module):
 class MLPFusion(nnx.Module):
     """A residual pixel-wise MLP C -> 2C -> C, optionally after a layer norm, whose output starts at zero."""
 
-    def __init__(self, channels: int, *, use_layer_norm: bool, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, use_layer_norm: bool, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         norm = nnx.LayerNorm(channels, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
         self.norm = norm if use_layer_norm else None
         self.expand = convolution(channels, 2 * channels, kernel=1, dtype=dtype, rngs=rngs)
@@ -35,7 +36,7 @@ class MLPFusion(nnx.Module):
 class AttentionFusion(nnx.Module):
     """Residual single-head self-attention over the latent's pixels, whose output starts at zero."""
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.attention = SpatialAttention(channels, use_norm=True, zero_output=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, joined: Float[Array, "B h w c"], coarse: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
@@ -57,7 +58,7 @@ class ChannelWeightFusion(nnx.Module):
         return self.coarse_weight[...] * coarse + self.fine_weight[...] * fine + self.shift[...]
 
 
-def make_fusion(kind: str, channels: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> nnx.Module:
+def make_fusion(kind: str, channels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.Module:
     """Make the fusion of a kind: none, mlp, mlp_layernorm, attention or channel_weight.
 
     Raises:

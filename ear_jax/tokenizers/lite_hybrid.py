@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from ear_jax.tokenizers.coarse import CoarseTokenizer
 from ear_jax.tokenizers.codebook import CodebookState
@@ -49,7 +50,7 @@ class LiteHybrid(LatentTokenizer):
         fine_multipliers: tuple[int, ...],
         fine_blocks: int,
         fusion: str,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(vae.latent_channels)
@@ -103,13 +104,14 @@ class LiteHybrid(LatentTokenizer):
         logvar: Float[Array, "B h w c"],
         use_fine: Float[Array, " B"],
         rng: jax.Array,
+        is_active: Bool[Array, ""] | bool = True,
     ) -> HybridTraining:
         """Run the hybrid path on a VAE posterior; images with `use_fine` 0 keep only their coarse map.
 
-        Changes no variable, so it may stand inside `lax.cond`; the caller stores the books.
+        Changes no variable: the caller stores the books. While `is_active` is false no codebook is started.
         """
         book_rng, sample_rng = jax.random.split(rng)
-        coarse = self.coarse.train(latent, book_rng)
+        coarse = self.coarse.train(latent, book_rng, is_active)
         fine_mean = self.fine(latent - coarse.map)
         fine = sample_gaussian(sample_rng, fine_mean, logvar)
         joined = coarse.map + use_fine[:, None, None, None] * fine

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.conv import average_pool
@@ -48,7 +49,7 @@ class Encoder(nnx.Module):
         *,
         wavelet_levels: int,
         latent_channels: int,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.wavelet_levels = wavelet_levels
@@ -102,7 +103,7 @@ class LiteVAE(LatentTokenizer):
         conv_groups: int,
         conv_rank: int,
         decoder_output: str = "image",
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(latent_channels)

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def batch_digest(index: Any) -> str:
 
 
 class Ledger:
-    """Append what happened in a run to `ledger.jsonl`, a line an event, flushed at once.
+    """Append what happened in a run to `ledger.jsonl`, a line an event, flushed at once; steps count from 1.
 
     Floats are written twice: for people, and as `float.hex()` so that two runs can be compared bit for bit. On resume
     the lines after the restored step stay in the file; `resume` says which of them no longer count (see `read`).
@@ -37,7 +36,7 @@ class Ledger:
         if enabled:
             try:
                 torn = _ends_torn(self.path)
-                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+                self._file = open(self.path, "a", encoding="utf-8")
                 if torn:
                     # The torn line of a killed run stays by itself, so that it cannot swallow the next one.
                     self._file.write("\n")
@@ -63,7 +62,7 @@ class Ledger:
         """Record that `stage` goes on from the state after `step` updates; later lines of that stage are superseded."""
         self._append({"event": "resume", "stage": stage, "step": int(step), **fields})
 
-    def skip(self, stage: str, step: int, *, index: Iterable[int], loss: float, grad_norm: float) -> None:
+    def skip(self, stage: str, step: int, *, index: Any, loss: float, grad_norm: float) -> None:
         """Record an update that was not applied because it was not finite, with the ids of its images."""
         ids = [int(i) for i in np.asarray(index).reshape(-1)]
         values = {"loss_hex": float(loss).hex(), "grad_norm_hex": float(grad_norm).hex()}

@@ -91,11 +91,8 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         run.ledger.event("start", stage=run.stage, **report)
         run.facts["loader_images_per_s"] = rate
         began = time.monotonic()
-        first_batch = next(run.loader)
-        step_function, flops = _compile(run, prepared, optimizer, put_batch(first_batch, run.mesh))
-        tensorboard = stack.enter_context(
-            TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first)
-        )
+        batch = next(run.loader)
+        tensorboard = stack.enter_context(TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first))
         peak = peak_flops_per_s(jax.devices()[0].device_kind) if run.settings.compute_dtype == "bfloat16" else None
         progress = stack.enter_context(
             Progress(
@@ -103,14 +100,13 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                 total,
                 start_step=start,
                 images_per_step=run.settings.batch_size,
-                flops_per_step=flops,
                 peak_flops_per_s=None if peak is None else peak * jax.device_count(),
                 enabled=is_first,
             )
         )
+        step_function, progress.flops_per_step = _compile(run, prepared, optimizer, put_batch(batch, run.mesh), progress)
         watch = _Watch(run, progress, tensorboard)
         root = jax.random.key(run.seed)
-        batch = first_batch
         for step in range(start + 1, total + 1):
             state, metrics = step_function(state, put_batch(batch, run.mesh), root)
             watch.dispatched(step, metrics, np.asarray(batch["index"]))
@@ -156,7 +152,11 @@ def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> t
 
 
 def _compile(
-    run: StageRun, prepared: Prepared, optimizer: optax.GradientTransformation, batch: dict[str, jax.Array]
+    run: StageRun,
+    prepared: Prepared,
+    optimizer: optax.GradientTransformation,
+    batch: dict[str, jax.Array],
+    progress: Progress,
 ) -> tuple[Callable[..., Any], float]:
     """Compile the step ahead, so that its memory is known before the first update."""
     function = make_train_step(
@@ -170,12 +170,11 @@ def _compile(
     flops = count_flops(function, prepared.shapes, batch, root)
     compiled = jitted.lower(prepared.like, batch, root).compile()
     memory = compiled.memory_analysis()
-    if memory is not None and jax.process_index() == 0:
+    if memory is not None:
         arguments, temporary = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
-        print(
-            f"step        {flops / 1e9:.2f} GFLOP an update; per device {arguments:.0f} MiB of state and batch, "
-            f"{temporary:.0f} MiB of temporaries",
-            flush=True,
+        progress.say(
+            f"{flops / 1e9:.2f} GFLOP an update; {arguments:.0f} MiB of state and batch and {temporary:.0f} MiB of "
+            "temporaries per device"
         )
     return compiled, flops
 

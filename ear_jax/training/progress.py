@@ -4,11 +4,28 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TextIO
+from typing import IO, Protocol, cast, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+
+@runtime_checkable
+class Output(Protocol):
+    """What progress is written to: a text stream that says whether it is a terminal."""
+
+    def write(self, text: str, /) -> object:
+        """Write text."""
+        ...
+
+    def flush(self) -> object:
+        """Let it be seen."""
+        ...
+
+    def isatty(self) -> bool:
+        """Say whether it is a terminal."""
+        ...
 
 
 def readable_seconds(seconds: float) -> str:
@@ -35,7 +52,7 @@ class Progress:
         flops_per_step: float | None = None,
         peak_flops_per_s: float | None = None,
         enabled: bool = True,
-        output: TextIO | None = None,
+        output: Output | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock.
@@ -55,7 +72,7 @@ class Progress:
         self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.first_step_s: float | None = None
-        self._flops = flops_per_step
+        self.flops_per_step = flops_per_step
         self._peak = peak_flops_per_s
         self._clock = clock
         self._output = output if output is not None else sys.stdout
@@ -66,8 +83,13 @@ class Progress:
         self._paused_s = 0.0
         self._bar: RichProgress | None = None
         if enabled and self._output.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = RichProgress(*columns, console=Console(file=self._output))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar = RichProgress(*columns, console=Console(file=cast(IO[str], self._output)))
             self._task = self._bar.add_task(stage, total=total_steps, completed=start_step, text="compiling")
             self._bar.start()
 
@@ -93,8 +115,8 @@ class Progress:
             self._timed_s += seconds
             rates["images_per_s"] = steps * self.images_per_step / seconds
             rates["eta_s"] = max(0, self.total_steps - step) * self._timed_s / self._timed_steps
-            if self._flops is not None and self._peak is not None:
-                rates["mfu"] = steps * self._flops / seconds / self._peak
+            if self.flops_per_step is not None and self._peak is not None:
+                rates["mfu"] = steps * self.flops_per_step / seconds / self._peak
         text = self._text(metrics, rates)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)

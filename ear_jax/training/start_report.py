@@ -6,11 +6,12 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 
+@runtime_checkable
 class Rewindable(Protocol):
     """What `loader_images_per_s` needs of a loader."""
 

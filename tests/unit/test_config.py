@@ -209,7 +209,7 @@ def test_config_dicts_are_accepted() -> None:
         ({"generator_training.final_phase_steps": "11"}, "longer than the run"),
         ({"generator_training.warmup_steps": "11"}, "longer than the run"),
         ({"generator.backbone.heads": "7"}, "is not a multiple of"),
-        ({"tokenizer.vae.decoder_multipliers": "(1,2)"}, "expected wavelet_levels + 1 = 4"),
+        ({"tokenizer.vae.decoder_multipliers": "(1,2)"}, "has 2 entries, expected 4"),
         ({"tokenizer.vae.encoder_multipliers": "()"}, "one or more integers"),
         ({"tokenizer.vae.conv_groups": "3"}, "does not divide every decoder width"),
         ({"tokenizer.fine.multipliers": "(1,1,1,1)"}, "halves the latent grid of 4 3 times"),

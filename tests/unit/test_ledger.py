@@ -17,10 +17,15 @@ def _step(ledger: Ledger, step: int, loss: float = 1.0, stage: str = "generator"
 def test_floats_come_back_bit_for_bit_and_lines_are_flushed_at_once(tmp_path):
     loss = float(np.float32(1) / 3)
     ledger = Ledger(tmp_path, "run-1")
-    ledger.step("tokenizer", 1, loss=loss, grad_norm=2.0**-140, batch="ab", learning_rate=np.float32(0.5))
+    ledger.step("tokenizer", 1, loss=loss, grad_norm=2.0**-140, batch="ab", learning_rate=0.5)
     record = ledgers.read(ledger.path)[0]
     assert float.fromhex(record["loss_hex"]) == loss and float.fromhex(record["grad_norm_hex"]) == 2.0**-140
-    assert (record["run_id"], record["stage"], record["step"], record["learning_rate"]) == ("run-1", "tokenizer", 1, 0.5)
+    assert (record["run_id"], record["stage"], record["step"], record["learning_rate"]) == (
+        "run-1",
+        "tokenizer",
+        1,
+        0.5,
+    )
     ledger.close()
     _step(ledger, 2)
     assert len(ledgers.read(ledger.path)) == 1

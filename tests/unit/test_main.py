@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -126,6 +126,13 @@ def test_help_lists_tasks_recipes_and_keys(capsys: pytest.CaptureFixture[str]) -
     assert "Did you mean sample" in capsys.readouterr().err
 
 
+def test_help_ends_quietly_when_its_reader_leaves() -> None:
+    command = f'"{sys.executable}" -m ear_jax.main --help=all | head -n 1'
+    answer = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.startswith("--config.name=")
+    assert answer.stderr == ""
+
+
 def test_every_task_has_a_summary() -> None:
     assert set(tasks.SUMMARIES) == set(tasks.TASKS)
 
@@ -158,9 +165,11 @@ def test_programming_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_config_error_is_answered_within_two_seconds() -> None:
-    start = time.monotonic()
+    # Processor time: other work on the machine must not decide, and nothing here waits for anything else.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = python("", "-m", "ear_jax.main", DEMO, "--config.data.imge_px=3")
-    assert time.monotonic() - start < 2.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
     assert answer.returncode == 64
     assert answer.stderr == "ConfigError: config.data.imge_px: unknown key. Did you mean config.data.image_px?\n"
     assert answer.stdout == ""
@@ -168,7 +177,7 @@ def test_a_config_error_is_answered_within_two_seconds() -> None:
 
 def test_the_package_and_the_command_line_import_fast_and_without_jax() -> None:
     code = (
-        "import sys, time; start = time.monotonic(); import ear_jax; took = time.monotonic() - start\n"
+        "import sys, time; start = time.process_time(); import ear_jax; took = time.process_time() - start\n"
         "from ear_jax import main; from ear_jax.config import strict, files\n"
         "heavy = {'jax', 'flax', 'numpy', 'tensorflow', 'torch'} & set(sys.modules)\n"
         "print(took < 0.3, sorted(heavy), ear_jax.__version__)"

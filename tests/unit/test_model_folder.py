@@ -54,7 +54,15 @@ def test_files_card_and_nothing_left_beside(tmp_path):
     assert {p.name for p in folder.iterdir()} == expected
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     card = (folder / "card.md").read_text()
-    for text in ("# tiny", "3 classes at 32 x 32", "23.46", "a\\|b", "ear_jax.load", "Shapes drawn", "| tokenizer | 13"):
+    for text in (
+        "# tiny",
+        "3 classes at 32 x 32",
+        "23.46",
+        "a\\|b",
+        "ear_jax.load",
+        "Shapes drawn",
+        "| tokenizer | 13",
+    ):
         assert text in card, text
     with Image.open(folder / "samples.png") as picture:
         assert picture.size == (2 * 130 + 2, 2 * 130 + 2)
@@ -141,7 +149,7 @@ def test_no_model_is_a_config_error(tmp_path):
 
 def test_non_finite_tensors_are_neither_written_nor_read(tmp_path):
     bad = {"tokenizer": {"w": np.array([1.0, np.inf], np.float32)}}
-    with pytest.raises(DataError, match="'w'.*not finite"):
+    with pytest.raises(DataError, match=r"'w'.*not finite"):
         _write(tmp_path / "model", tensors=bad)
     assert list(tmp_path.iterdir()) == []
     bad = {"tokenizer": {"w": np.array([1.0, np.nan]).astype(jax.numpy.bfloat16)}}

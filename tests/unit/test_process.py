@@ -76,11 +76,10 @@ def test_watchdog_ends_a_stuck_loop_with_stacks(capfd):
 
 def test_watchdog_leaves_live_loops_and_long_sections_alone():
     statuses = []
-    with Watchdog(least_s=0.3, leave=statuses.append) as watchdog:
-        time.sleep(0.4)
+    with Watchdog(least_s=1.0, leave=statuses.append) as watchdog:
         watchdog.beat()
         with watchdog.section("compiling", 10):
-            time.sleep(0.5)
+            time.sleep(1.2)
         for _ in range(5):
             time.sleep(0.1)
             watchdog.beat()

@@ -137,7 +137,9 @@ def test_the_loader_rate_leaves_the_loader_where_it_was():
 
 
 def test_the_report_states_the_facts_and_returns_them(tmp_path):
-    counts = reports.parameter_counts({"backbone/a": np.zeros((1000, 2)), "backbone/b": np.zeros(3), "head": np.zeros(())})
+    counts = reports.parameter_counts(
+        {"backbone/a": np.zeros((1000, 2)), "backbone/b": np.zeros(3), "head": np.zeros(())}
+    )
     assert counts == {"backbone": 2003, "head": 1}
     lines: list[str] = []
     arguments = {"config_name": "demo", "workdir": tmp_path, "parameters": counts, "resume": "resumed at step 40"}

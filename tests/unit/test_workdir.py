@@ -53,7 +53,9 @@ def test_second_run_is_refused_by_name_and_a_dead_one_is_taken_over(tmp_path):
 
 
 def foreign_record(path, beat: int) -> None:
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "run_id": "r", "beat": beat}))
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps({"host": "elsewhere", "pid": 1, "run_id": "r", "beat": beat}))
+    fresh.replace(path)
 
 
 def test_a_beating_owner_on_another_host_is_respected(tmp_path):
@@ -82,7 +84,9 @@ def test_a_silent_owner_on_another_host_is_taken_over(tmp_path):
     lock = RunLock(tmp_path / "run.lock", beat_s=0.02, silence_s=0.1)
     assert "elsewhere" in lock.acquire("mine")[0]
     first = json.loads((tmp_path / "run.lock").read_text())
-    time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and json.loads((tmp_path / "run.lock").read_text()) == first:
+        time.sleep(0.02)
     second = json.loads((tmp_path / "run.lock").read_text())
     assert second["run_id"] == "mine" and second["beat"] > first["beat"]
     lock.release()
