@@ -7,8 +7,9 @@
 
 | variant      | pixels | latent    | coarse tokens | fine tokens (channels) | backbone       |
 |--------------|--------|-----------|---------------|------------------------|----------------|
-| demo         | 32     | 8x8x8     | 16            | 16 (32)                | 128 x 4        |
+| demo         | 32     | 8x8x8     | 16            | 16 (32)                | 128 x 3        |
 | cifar10      | 32     | 8x8x8     | 16            | 16 (32)                | 384 x 12       |
+| cifar10_cpu  | 32     | 8x8x8     | 16            | 16 (32)                | 128 x 6        |
 | imagenet64   | 64     | 16x16x8   | 16            | 64 (32)                | 512 x 12       |
 | imagenet256  | 256    | 16x16x32  | 16            | 256 (32)               | 768 x 24, EAR-B|
 | imagenet512  | 512    | 32x32x32  | 16 + 64       | 256 (128)              | 768 x 24       |
@@ -47,30 +48,32 @@ def _demo() -> dict[str, Any]:
         data=dict(source="shapes", image_px=32, use_flip=False, shapes=dict(images=20_000, classes=6)),
         tokenizer=dict(
             name="lite_hybrid",
-            # Dense 3x3 convolutions and group norm: the fastest choice on a CPU.
+            # Dense 3x3 convolutions, group norm and a decoder that ends in Haar bands: the fastest choice on a CPU.
             vae=dict(
                 encoder="custom",
                 wavelet_levels=2,
                 latent_channels=8,
                 encoder_channels=16,
-                encoder_multipliers=(1, 2),
+                encoder_multipliers=(1, 1),
                 encoder_blocks=1,
                 decoder_channels=32,
-                decoder_multipliers=(1, 2, 2),
+                decoder_multipliers=(1, 2),
                 decoder_blocks=1,
                 decoder_attention=False,
                 decoder_norm="group",
+                decoder_output="wavelet",
             ),
             coarse=dict(grids=(4,), codes=64, code_channels=8),
-            fine=dict(channels=32, multipliers=(1, 2), blocks=1),
+            fine=dict(channels=32, multipliers=(1, 1), blocks=1),
             fusion="mlp",
-            hybrid_start_steps=400,
+            hybrid_start_steps=500,
             coarse_only_probability=0.5,
         ),
+        # Many small updates beat few large ones in minutes.
         tokenizer_training=dict(
-            batch_size=64,
-            steps=1_000,
-            learning_rate=1e-3,
+            batch_size=32,
+            steps=1_400,
+            learning_rate=2e-3,
             warmup_steps=50,
             schedule="cosine",
             final_learning_rate_ratio=0.1,
@@ -78,33 +81,34 @@ def _demo() -> dict[str, Any]:
             clip_norm=1.0,
             ema_decay=0.99,
             compute_dtype="float32",
-            grid_every_steps=500,
+            log_every_steps=100,
             checkpoint_every_steps=250,
         ),
         generator=dict(
-            backbone=dict(width=128, depth=4, heads=4, dropout=0.0, class_tokens=4),
-            energy=dict(width=192, depth=3, noise_channels=64, samples=2),
+            backbone=dict(width=128, depth=3, heads=4, dropout=0.0, class_tokens=4),
+            energy=dict(width=128, depth=2, noise_channels=64, samples=2),
             patch_size=2,
             label_drop=0.1,
             # Few coarse steps and one fine step; a level that is drawn in one step is trained fully masked.
-            coarse=dict(steps=4, mask_ratio="cosine", mask_ratio_low=0.0),
+            coarse=dict(steps=8, mask_ratio="cosine", mask_ratio_low=0.0),
             fine=dict(steps=1, mask_ratio="full"),
         ),
         generator_training=dict(
-            batch_size=128,
-            steps=1_500,
-            learning_rate=1e-3,
+            batch_size=64,
+            steps=1_200,
+            learning_rate=2e-3,
             warmup_steps=100,
             schedule="cosine",
             final_learning_rate_ratio=0.1,
             final_phase_steps=100,
             ema_decay=0.995,
             compute_dtype="float32",
-            grid_every_steps=500,
+            log_every_steps=100,
+            grid_every_steps=600,
             checkpoint_every_steps=250,
         ),
-        sample=dict(count=60, batch_size=60, guidance_scale=1.0),
-        evaluate=dict(samples=600, reconstructions=600),
+        sample=dict(count=60, batch_size=60, guidance_scale=1.5, coarse_temperature=0.8),
+        evaluate=dict(samples=600, reconstructions=1_000, classifier_steps=150),
     )
 
 
@@ -168,6 +172,47 @@ def _cifar10() -> dict[str, Any]:
         sample=dict(count=100, batch_size=100, guidance_scale=1.5),
         evaluate=dict(samples=2_000, reconstructions=2_000, classifier_steps=2_000, classifier_channels=32),
     )
+
+
+def _cifar10_cpu() -> dict[str, Any]:
+    # The cifar10 recipe at a size that two CPU cores train in about an hour: many small updates of a small model.
+    recipe = _cifar10()
+    recipe["name"] = "lite_hybrid_cifar10_cpu"
+    recipe["tokenizer"]["vae"] |= dict(
+        encoder_channels=16,
+        encoder_blocks=1,
+        decoder_channels=48,
+        decoder_multipliers=(1, 2),
+        decoder_blocks=1,
+        decoder_attention=False,
+        decoder_output="wavelet",
+    )
+    recipe["tokenizer"]["fine"] = dict(channels=32, multipliers=(1, 2), blocks=1)
+    recipe["tokenizer"]["coarse"] |= dict(codes=256)
+    recipe["tokenizer"]["hybrid_start_steps"] = 800
+    recipe["tokenizer_training"] |= dict(
+        batch_size=32, steps=2_000, learning_rate=2e-3, warmup_steps=100, ema_decay=0.995, grid_every_steps=1_000
+    )
+    recipe["generator"]["backbone"] = dict(width=128, depth=6, heads=4, dropout=0.0, class_tokens=4)
+    recipe["generator"]["energy"] = dict(width=192, depth=3, noise_channels=64, samples=2)
+    recipe["generator"]["coarse"] |= dict(steps=16)
+    recipe["generator_training"] |= dict(
+        batch_size=32,
+        steps=7_000,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        schedule="cosine",
+        final_learning_rate_ratio=0.05,
+        head_learning_rate_multiplier=1.0,
+        final_phase_steps=500,
+        final_phase_learning_rate_multiplier=1.0,
+        ema_decay=0.998,
+        grid_every_steps=1_000,
+        checkpoint_every_steps=500,
+    )
+    recipe["sample"] |= dict(guidance_scale=2.0, coarse_temperature=0.9)
+    recipe["evaluate"] |= dict(classifier_steps=600, classifier_channels=24)
+    return recipe
 
 
 def _imagenet64() -> dict[str, Any]:
@@ -260,6 +305,7 @@ def _imagenet1024() -> dict[str, Any]:
 _RECIPES = {
     "demo": _demo,
     "cifar10": _cifar10,
+    "cifar10_cpu": _cifar10_cpu,
     "imagenet64": _imagenet64,
     "imagenet256": _imagenet256,
     "imagenet512": _imagenet512,

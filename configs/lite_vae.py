@@ -71,9 +71,9 @@ _COMPACT = dict(
     wavelet_levels=4,
     latent_channels=32,
     decoder_channels=128,
-    decoder_multipliers=(1, 2, 2, 4, 4),
-    decoder_blocks=2,
+    decoder_multipliers=(1, 1, 2, 4, 4),
+    decoder_blocks=3,
     conv_groups=4,
-    conv_rank=64,
+    conv_rank=128,
     decoder_norm="self_modulated",
 )

@@ -8,41 +8,18 @@ Dimension letters used as suffixes (`hidden_BNE`) and in jaxtyping signatures:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
+
+from ear_jax.levels import LevelSpec as LevelSpec
+from ear_jax.levels import TokenizerSpec as TokenizerSpec
 
 Batch = Mapping[str, Any]
 """What a loader yields, as numpy: `image` uint8 [B,h,w,3] or `level_0…`, plus `label` int32 [B] and `index` int64 [B]."""
 
 Metrics = dict[str, jax.Array]
 """Scalars of one step, by name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LevelSpec:
-    """One level of an image: a square grid of tokens of one kind.
-
-    `size` is the vocabulary of a discrete level and the channel count of a continuous one.
-    """
-
-    name: str
-    grid: int
-    kind: Literal["discrete", "continuous"]
-    size: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the level."""
-        return self.grid * self.grid
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerSpec:
-    """What a tokenizer promises: the side of its images and its levels, coarsest first."""
-
-    image_px: int
-    levels: tuple[LevelSpec, ...]
 
 
 @jax.tree_util.register_dataclass

@@ -5,21 +5,7 @@ import math
 
 from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True)
-class LevelSize:
-    """One level as the generator sees it; `size` is the vocabulary of a discrete level, else the channels."""
-
-    name: str
-    grid: int
-    kind: str
-    size: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the level."""
-        return self.grid * self.grid
+from ear_jax.levels import LevelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +42,16 @@ def coarse_grids(config: Config) -> tuple[int, ...]:
     return config.tokenizer.coarse.grids if has_coarse(config) else ()
 
 
-def levels(config: Config) -> tuple[LevelSize, ...]:
+def levels(config: Config) -> tuple[LevelSpec, ...]:
     """Return the levels in the order they are drawn: coarse grids, then fine tokens of patch_size² latent pixels."""
     vae, patch = config.tokenizer.vae, config.generator.patch_size
     grids = coarse_grids(config)
     names = ["coarse"] if len(grids) == 1 else [f"coarse_{grid}" for grid in grids]
     sizes = [
-        LevelSize(name, grid, "discrete", config.tokenizer.coarse.codes)
+        LevelSpec(name, grid, "discrete", config.tokenizer.coarse.codes)
         for name, grid in zip(names, grids, strict=True)
     ]
-    fine = LevelSize("fine", latent_grid(config) // patch, "continuous", vae.latent_channels * patch**2)
+    fine = LevelSpec("fine", latent_grid(config) // patch, "continuous", vae.latent_channels * patch**2)
     return (*sizes, fine)
 
 

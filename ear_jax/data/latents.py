@@ -7,7 +7,7 @@ written last, so a folder without it is unfinished. Row r of shard p of P is ima
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ear_jax.data.sources import Batch, digest_of
 from ear_jax.errors import DataError, StorageError
+from ear_jax.levels import LevelSpec
 
 _VERSION = 1
 _INDEX = "index.json"
@@ -23,21 +24,11 @@ _LARGEST = {"float16": 65_504.0, "float32": 3.4e38}
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedLevel:
-    """One level of tokens as it is stored; the fields of `LevelSpec`."""
-
-    name: str
-    grid: int
-    kind: Literal["discrete", "continuous"]
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
 class CacheDescription:
     """What a cache holds. `digest` says what it was made from: data, preprocessing, tokenizer weights."""
 
     images: int
-    levels: tuple[CachedLevel, ...]
+    levels: tuple[LevelSpec, ...]
     class_names: tuple[str, ...]
     digest: str
     dtype: str = "float16"
@@ -182,7 +173,7 @@ def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
     if index.pop("version", None) != _VERSION:
         raise DataError(f"the latents cache {directory} is of another version; delete it to remake it")
     try:
-        levels = tuple(CachedLevel(**level) for level in index.pop("levels"))
+        levels = tuple(LevelSpec(**level) for level in index.pop("levels"))
         return CacheDescription(levels=levels, class_names=tuple(index.pop("class_names")), **index)
     except (KeyError, TypeError) as fault:
         raise DataError(f"{directory}/{_INDEX} is damaged ({fault}); delete the cache to have it made again") from None
@@ -194,11 +185,6 @@ def is_complete(directory: str | os.PathLike[str], description: CacheDescription
         return _digest(read_description(directory)) == _digest(description)
     except DataError:
         return False
-
-
-def levels_of(levels: Sequence[Any]) -> tuple[CachedLevel, ...]:
-    """Describe a tokenizer's levels (objects with name, grid, kind, size) for the cache."""
-    return tuple(CachedLevel(level.name, level.grid, level.kind, level.size) for level in levels)
 
 
 def _digest(description: CacheDescription) -> str:

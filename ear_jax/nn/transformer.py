@@ -63,12 +63,13 @@ class Transformer(nnx.Module):
         self.use_scan = use_scan
         self.use_remat = use_remat
 
-        def make(layer_rngs: nnx.Rngs) -> Block:
+        def make(layer_key: jax.Array) -> Block:
+            layer_rngs = nnx.Rngs(params=layer_key)
             return Block(
                 width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs
             )
 
-        self.blocks = nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
+        self.blocks = nnx.vmap(make)(jax.random.split(rngs.params(), depth))
 
     def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
         """Run all blocks; with `rng`, each layer gets its own dropout key."""

@@ -11,11 +11,12 @@ from ear_jax import build
 from ear_jax.config import strict
 from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import Config
-from ear_jax.data.latents import LatentsSource, levels_of
+from ear_jax.data.latents import LatentsSource
 from ear_jax.data.loader import Loader
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
 from ear_jax.io import model_folder, pictures
+from ear_jax.nn.keys import Keys
 from ear_jax.pipeline import Pipeline
 from ear_jax.tasks.session import Session, open_session
 from ear_jax.training.loop import StageRun, train
@@ -40,8 +41,8 @@ def train_generator(session: Session) -> None:
     session.begin("generator")
     tokenizer = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
     source = LatentsSource(_latents_path(session))
-    spec = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=nnx.Rngs(0))).spec
-    if source.levels != levels_of(spec.levels):
+    spec = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))).spec
+    if source.levels != spec.levels:
         raise ConfigError(
             f"{_latents_path(session)} holds levels {[level.name for level in source.levels]} of another tokenizer; "
             f"this configuration has {[level.name for level in spec.levels]}. Run --task=latents again."

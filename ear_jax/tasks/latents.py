@@ -6,12 +6,13 @@ from flax import nnx
 
 from ear_jax import build
 from ear_jax.config.schema import Config
-from ear_jax.data.latents import CacheDescription, LatentsWriter, is_complete, levels_of
+from ear_jax.data.latents import CacheDescription, LatentsWriter, is_complete
 from ear_jax.data.loader import eval_batches
 from ear_jax.data.sources import digest_of, open_split
 from ear_jax.distributed.process import barrier
 from ear_jax.io import model_folder
 from ear_jax.nn.functional import functional
+from ear_jax.nn.keys import Keys
 from ear_jax.tasks.session import Session, open_session
 from ear_jax.tasks.tokenizer import to_float
 from ear_jax.training.progress import Progress
@@ -33,12 +34,12 @@ def cache_latents(session: Session) -> None:
         return
     folder = model_folder.read(workdir.model("tokenizer"))
     source = open_split(config.data, "train", seed=config.seed)
-    abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
     static, _, _ = functional(abstract)
     weights = digest_of(*(f"{name}:".encode() + folder.tensors["tokenizer"][name].tobytes() for name in sorted(folder.tensors["tokenizer"])))
     description = CacheDescription(
         images=len(source),
-        levels=levels_of(abstract.spec.levels),
+        levels=abstract.spec.levels,
         class_names=source.class_names,
         digest=digest_of(source.digest, weights),
         dtype=config.latents.dtype,

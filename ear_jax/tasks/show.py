@@ -14,6 +14,7 @@ from ear_jax.bench.flops import count_flops
 from ear_jax.config.leaves import flatten
 from ear_jax.config.schema import Config
 from ear_jax.nn.functional import Arrays, functional
+from ear_jax.nn.keys import Keys
 from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
 from ear_jax.training.start_report import readable_count
 from ear_jax.types import TokenizerSpec
@@ -25,16 +26,16 @@ GIB = 2**30
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     """Print the tables; nothing is allocated, everything is traced as shapes."""
     _print_config(config)
-    tokenizer = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=nnx.Rngs(0)))
-    spec: TokenizerSpec = tokenizer.spec
+    objective = nnx.eval_shape(lambda: build.build_tokenizer_objective(config, rngs=Keys(0)))
+    tokenizer, spec = objective.tokenizer, objective.tokenizer.spec
     classes = config.data.shapes.classes if config.data.source == "shapes" else CLASSES_UNKNOWN
-    generator = nnx.eval_shape(lambda: build.build_generator(config, spec, classes, rngs=nnx.Rngs(0)))
+    generator = nnx.eval_shape(lambda: build.build_generator(config, spec, classes, rngs=Keys(0)))
     _print_levels(config, spec)
     for name, module in (("tokenizer", tokenizer), ("generator", generator)):
         _print_parameters(name, module)
     if config.data.source != "shapes":
         print(f"  (the class table is counted for {CLASSES_UNKNOWN} classes; the data decides)")
-    _print_costs(config, spec, generator, tokenizer, classes)
+    _print_costs(config, spec, generator, objective)
 
 
 def _print_config(config: Config) -> None:
@@ -66,7 +67,7 @@ def _print_parameters(name: str, module: nnx.Module) -> None:
     print(parameter_overview.get_parameter_overview(parameters, include_stats=False))
 
 
-def _print_costs(config: Config, spec: TokenizerSpec, generator: nnx.Module, tokenizer: nnx.Module, classes: int) -> None:
+def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective: Any) -> None:
     images = jax.ShapeDtypeStruct((1, spec.image_px, spec.image_px, 3), jnp.uint8)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
     continuous = next(level for level in spec.levels if level.kind == "continuous")
@@ -76,7 +77,6 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: nnx.Module, tok
     }
     shape = jax.ShapeDtypeStruct((1, continuous.tokens, continuous.size), jnp.float32)
     tokens |= {"mean": shape, "std": shape, "label": label, "index": label}
-    objective = nnx.eval_shape(lambda: build.build_tokenizer_objective(config, rngs=nnx.Rngs(0)))
     print("\nTraining")
     print(f"  {'':<10} {'GFLOP an image':>15} {'state':>11} {'activations an image':>21} {'batch':>7}")
     for name, module, batch, training in (
@@ -94,7 +94,7 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: nnx.Module, tok
                 print(f"    on {devices:>2} device{'s' if devices > 1 else ' '}: about {need:,.1f} GiB each")
     print("  state is parameters, two moments and the average in float32, held whole on each device;")
     print("  activations are what the backward pass keeps, so a compiled step needs somewhat more or less.")
-    static_t, parameters_t, rest_t = functional(tokenizer)
+    static_t, parameters_t, rest_t = functional(objective.tokenizer)
     static_g, parameters_g, rest_g = functional(generator)
     plan = SamplingPlan(
         tuple(own.steps for own in build.level_configs(config, spec)),

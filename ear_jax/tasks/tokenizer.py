@@ -19,6 +19,7 @@ from ear_jax.distributed.process import to_host
 from ear_jax.io import model_folder, pictures
 from ear_jax.metrics.reconstruction import psnr
 from ear_jax.nn.functional import Arrays, Functional, functional
+from ear_jax.nn.keys import Keys
 from ear_jax.tasks.session import Session, open_session
 from ear_jax.training.loop import StageRun, train
 from ear_jax.training.optim import resolve
@@ -57,13 +58,14 @@ def train_tokenizer(session: Session) -> None:
         decode_threads=config.data.decode_threads,
         prefetch_batches=config.data.prefetch_batches,
     )
-    static, _, _ = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=nnx.Rngs(0))))
+    static, _, _ = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
 
     def grid(step: int, state: TrainState) -> dict[str, np.ndarray]:
         rows = reconstruct(_tokenizer_arrays(state), to_float(pictured["image"]))
-        picture = pictures.grid(np.concatenate([np.asarray(row) for row in rows.values()]), columns=GRID_IMAGES)
+        ordered = [np.asarray(rows[name]) for name in ("original", "full", "coarse") if name in rows]
+        picture = pictures.grid(np.concatenate(ordered), columns=GRID_IMAGES)
         if session.is_first:
             pictures.save_grid(workdir.stage("tokenizer") / "reconstructions.png", picture[None], columns=1)
         return {"reconstructions": picture}

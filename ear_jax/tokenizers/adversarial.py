@@ -56,7 +56,8 @@ class AdversarialLoss(nnx.Module):
             )
         else:
             terms, anchors = self._terms(images, reconstructions)
-        self.anchors[...] = anchors
+        if self.lecam > 0:
+            self.anchors[...] = anchors
         total = self.weight * terms["adversarial"] + terms["discriminator"]
         if self.r1 > 0:
             total = total + self.r1 * terms["r1"]

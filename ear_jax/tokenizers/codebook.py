@@ -69,7 +69,7 @@ def start(state: CodebookState, vectors: Float[Array, "M c"], rng: jax.Array, *,
     if size > vectors.shape[0]:
         codes = codes + 0.01 * vectors.std(axis=0) * jax.random.normal(jitter, codes.shape)
 
-    def round_of_kmeans(_: int, codes: jax.Array) -> jax.Array:
+    def round_of_kmeans(_: jax.Array, codes: jax.Array) -> jax.Array:
         counts, sums = assignments(vectors, nearest(vectors, codes), size)
         return jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1.0)[:, None], codes)
 

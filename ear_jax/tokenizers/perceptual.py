@@ -82,10 +82,10 @@ def load_perceptual(path: str) -> PerceptualDistance:
     return PerceptualDistance(weights)
 
 
-def _array(weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _array(weights: Mapping[str, np.ndarray], name: str) -> jax.Array:
     if name not in weights:
         raise DataError(f"the LPIPS weights lack {name!r}; expected the keys of the published VGG16 model, v0.1")
-    return np.asarray(weights[name], np.float32)
+    return jnp.asarray(weights[name], jnp.float32)
 
 
 def _convolve(features: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ear_jax.distributed.sharding import state_shardings
 from ear_jax.nn.functional import Arrays, Functional, arrays_of, functional
+from ear_jax.nn.keys import Keys
 from ear_jax.training.state import TrainState, create_state
 
 ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
@@ -47,10 +48,10 @@ def prepare(
 
     `overwrite` may replace arrays of the fresh state, for example by those of an earlier stage.
     """
-    static, _, _ = functional(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    static, _, _ = functional(nnx.eval_shape(lambda: create(Keys(0))))
 
     def fresh() -> TrainState:
-        parameters, rest = arrays_of(create(nnx.Rngs(seed)))
+        parameters, rest = arrays_of(create(Keys(seed)))
         if overwrite is not None:
             parameters, rest = overwrite(parameters, rest)
         return create_state(parameters, rest, optimizer)

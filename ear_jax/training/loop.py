@@ -17,6 +17,7 @@ from ear_jax.config.schema import TrainingConfig
 from ear_jax.data.loader import Loader
 from ear_jax.distributed.mesh import check_batch_size, put_batch, replicated
 from ear_jax.distributed.stop_signal import StopSignal
+from ear_jax.distributed.watchdog import Watchdog
 from ear_jax.errors import NonFiniteError, PreemptedError
 from ear_jax.io.checkpoint import CheckpointStore
 from ear_jax.nn.functional import Arrays, Functional
@@ -32,6 +33,9 @@ from ear_jax.training.tensorboard import TensorBoard
 
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
 """(step, state) -> pictures by name, uint8 [h, w, 3]; saving them is the hook's business, TensorBoard is the loop's."""
+
+LONG_SECTION_S = 3600.0
+"""Compiling, saving or drawing may take this long before the watchdog ends the process."""
 
 SHOWN = ("loss", "psnr", "psnr_coarse", "loss/coarse", "loss/fine", "accuracy/coarse", "codebook/usage")
 
@@ -104,19 +108,25 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                 enabled=is_first,
             )
         )
-        step_function, progress.flops_per_step = _compile(run, prepared, optimizer, put_batch(batch, run.mesh), progress)
+        watchdog = stack.enter_context(Watchdog())
+        with watchdog.section("compiling the training step", LONG_SECTION_S):
+            placed = put_batch(batch, run.mesh)
+            step_function, progress.flops_per_step = _compile(run, prepared, optimizer, placed, progress)
         watch = _Watch(run, progress, tensorboard)
         root = jax.random.key(run.seed)
         for step in range(start + 1, total + 1):
+            watchdog.beat()
             state, metrics = step_function(state, put_batch(batch, run.mesh), root)
             watch.dispatched(step, metrics, np.asarray(batch["index"]))
+            if step % run.settings.log_every_steps == 0:
+                store.poll()
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 progress.first_step_done(step)
                 run.facts["time_to_first_step_s"] = time.monotonic() - began
             is_last, is_stopping = step == total, stop.requested(step)
             if is_last or is_stopping or step % run.settings.checkpoint_every_steps == 0:
-                with progress.paused():
+                with progress.paused(), watchdog.section("saving", LONG_SECTION_S):
                     watch.drain()
                     _save(run, store, step, state, wait=is_last or is_stopping)
             if is_stopping and not is_last:
@@ -127,7 +137,7 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                 )
             every = run.settings.grid_every_steps
             if run.grid is not None and (is_last or (every and step % every == 0)):
-                with progress.paused():
+                with progress.paused(), watchdog.section("drawing a grid", LONG_SECTION_S):
                     watch.drain()
                     for name, picture in run.grid(step, state).items():
                         tensorboard.picture(step, f"{run.stage}/{name}", picture)
