@@ -198,7 +198,7 @@ def _cifar10_cpu() -> dict[str, Any]:
     recipe["generator"]["coarse"] |= dict(steps=16)
     recipe["generator_training"] |= dict(
         batch_size=32,
-        steps=7_000,
+        steps=4_000,
         learning_rate=1e-3,
         warmup_steps=200,
         schedule="cosine",

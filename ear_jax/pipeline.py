@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from ear_jax.io import model_folder
 from ear_jax.io.pictures import to_uint8
 from ear_jax.io.tensor_names import check
 from ear_jax.nn.functional import Functional, functional
+from ear_jax.nn.keys import Keys
+from ear_jax.sampling import guidance
 from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
-from ear_jax.types import Tokens
+from ear_jax.types import TokenizerSpec, Tokens
 
 Label = int | str
 
@@ -42,7 +45,7 @@ class Pipeline:
 
     Images are uint8 [n, side, side, 3] on both sides (float in [-1, 1] is accepted). Sampling runs one compiled
     program for each padded batch size, a power of two up to `config.sample.batch_size`, spread over this process's
-    devices when it divides.
+    devices. Scales and temperatures are arguments of that program: changing them compiles nothing.
     """
 
     path: Path | None = None
@@ -50,9 +53,11 @@ class Pipeline:
     def __init__(self, config: Config, class_names: Sequence[str], tensors: Mapping[str, Mapping[str, Any]]):
         self.config = config
         self.class_names = tuple(class_names)
-        abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=nnx.Rngs(0)))
-        self.spec = abstract.spec
-        self.tokenizer, self.tokenizer_arrays = _load_part(abstract, tensors, "tokenizer")
+        abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
+        self.spec: TokenizerSpec = abstract.spec
+        self._mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+        self.tokenizer, arrays = _load_part(abstract, tensors, "tokenizer")
+        self.tokenizer_arrays = self._on_all_devices(arrays)
         self.generator: Functional | None = None
         self.generator_arrays: dict[str, jax.Array] = {}
         self._programs: dict[Any, Callable[..., Any]] = {}
@@ -66,9 +71,10 @@ class Pipeline:
             ConfigError: names, shapes or dtypes are not those of this config's generator.
         """
         abstract = nnx.eval_shape(
-            lambda: build.build_generator(self.config, self.spec, len(self.class_names), rngs=nnx.Rngs(0))
+            lambda: build.build_generator(self.config, self.spec, len(self.class_names), rngs=Keys(0))
         )
-        static, self.generator_arrays = _load_part(abstract, {"generator": tensors}, "generator")
+        static, arrays = _load_part(abstract, {"generator": tensors}, "generator")
+        self.generator_arrays = self._on_all_devices(arrays)
         if self.generator is None:
             self.generator = static
 
@@ -92,7 +98,8 @@ class Pipeline:
             labels: class ids or class names.
             seed: image i depends on (seed, start_index + i) and its label, not on the other images.
             start_index: number of the first image.
-            steps: backbone passes a level, coarsest first; one number is taken for every level.
+            steps: backbone passes a level, coarsest first; one number is taken for every level, or as many as it has
+                tokens.
             guidance_scale: 1 is off; s * conditional + (1 - s) * unconditional.
             guidance_schedule: `linear` or `constant` over a level's steps.
             temperature: tau_infer of the energy head.
@@ -106,7 +113,7 @@ class Pipeline:
         Raises:
             ConfigError: a label, a step count or a scale is out of range, or the folder holds no generator.
         """
-        images = [image for _, image in self.sample_batches(
+        batches = self.sample_batches(
             labels,
             seed=seed,
             start_index=start_index,
@@ -117,7 +124,8 @@ class Pipeline:
             coarse_temperature=coarse_temperature,
             batch_size=batch_size,
             on_batch=on_batch,
-        )]
+        )
+        images = [image for _, image in batches]
         side = self.spec.image_px
         return np.concatenate(images) if images else np.zeros((0, side, side, 3), np.uint8)
 
@@ -144,15 +152,18 @@ class Pipeline:
             "temperature": _number("temperature", temperature, defaults.temperature),
             "coarse_temperature": _number("coarse_temperature", coarse_temperature, defaults.coarse_temperature),
         }
-        plan = SamplingPlan(
-            self.steps_of_levels(steps), use_guidance=scale != 1.0, guidance_schedule=guidance_schedule or defaults.guidance_schedule
-        )
-        limit = batch_size or defaults.batch_size
+        schedule = defaults.guidance_schedule if guidance_schedule is None else guidance_schedule
+        if schedule not in guidance.SCHEDULES:
+            raise ConfigError(f"guidance_schedule={schedule!r} is unknown. Known: {', '.join(guidance.SCHEDULES)}.")
+        plan = SamplingPlan(self.steps_of_levels(steps), use_guidance=scale != 1.0, guidance_schedule=schedule)
+        limit = defaults.batch_size if batch_size is None else _count("batch_size", batch_size, low=1)
+        first = _count("start_index", start_index, high=2**31 - 1 - len(ids) - limit)
+        seed = _count("seed", seed, high=2**32 - 1)
         for start in range(0, len(ids), limit):
             chunk = ids[start : start + limit]
-            padded = min(limit, 1 << (len(chunk) - 1).bit_length())
+            padded = self._bucket(len(chunk), limit)
             rows = np.resize(chunk, padded)
-            indices = start_index + start + np.arange(padded)
+            indices = first + start + np.arange(padded)
             images = self._draw(plan, rows, indices, seed, numbers)
             yield chunk, to_uint8(images[: len(chunk)])
             if on_batch is not None:
@@ -162,15 +173,15 @@ class Pipeline:
         """Turn images into tokens; with `seed`, continuous tokens are drawn from the posterior instead of its mean.
 
         Raises:
-            ConfigError: the images are not [n, side, side, 3] of the model's side.
+            ConfigError: the images are not [n, side, side, 3] of the model's side, or neither uint8 nor in [-1, 1].
         """
-        side = self.spec.image_px
+        images, side = np.asarray(images), self.spec.image_px
         if images.ndim != 4 or images.shape[1:] != (side, side, 3):
             raise ConfigError(
                 f"images have shape {images.shape}; this model encodes [n, {side}, {side}, 3]. "
                 "Crop and resize them first (ear_jax.data.transforms.center_crop)."
             )
-        floats = images.astype(np.float32) / 127.5 - 1.0 if images.dtype == np.uint8 else images.astype(np.float32)
+        floats = images.astype(np.float32) / 127.5 - 1.0 if images.dtype == np.uint8 else _unit_range(images)
         static = self.tokenizer
         program = self._program(
             ("encode", seed is None),
@@ -179,7 +190,12 @@ class Pipeline:
         return program(self.tokenizer_arrays, jnp.asarray(floats), jax.random.key(seed or 0))
 
     def decode(self, tokens: Tokens) -> np.ndarray:
-        """Turn tokens, or the coarse levels of them alone, into uint8 images."""
+        """Turn tokens, or the coarse levels of them alone, into uint8 images.
+
+        Raises:
+            ConfigError: the tokens are not those of this model: their shapes, their ids, or how many levels there are.
+        """
+        check_tokens(tokens, self.spec)
         static = self.tokenizer
         program = self._program(
             ("decode", len(tokens.levels)), lambda arrays, t: static.merge(arrays, arrays).decode(t)
@@ -192,7 +208,7 @@ class Pipeline:
         Raises:
             ConfigError: a label is no class of this model; all wrong ones are named.
         """
-        values = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        values = _listed(labels)
         known = {name: index for index, name in enumerate(self.class_names)}
         ids, wrong = [], []
         for value in values:
@@ -211,19 +227,23 @@ class Pipeline:
 
     def steps_of_levels(self, steps: int | Sequence[int] | None = None) -> tuple[int, ...]:
         """Return backbone passes a level, coarsest first, for what `sample` accepts as `steps`; raises ConfigError."""
-        levels = build.level_configs(self.config, self.spec)
-        if steps is None:
-            own = self.config.sample
+        seen = [build.generator_level(level, self.config.generator.patch_size) for level in self.spec.levels]
+        if isinstance(steps, Real):  # one number for all may be more than the smaller levels have tokens
+            number = _count("steps", steps, low=1)
+            return tuple(min(number, level.tokens) for level in seen)
+        own, plans = self.config.sample, build.level_configs(self.config, self.spec)
+        chosen = steps
+        if chosen is None:
             chosen = [
                 (own.coarse_steps if level.kind == "discrete" else own.fine_steps) or plan.steps
-                for level, plan in zip(self.spec.levels, levels, strict=True)
+                for level, plan in zip(seen, plans, strict=True)
             ]
-        else:
-            chosen = [steps] * len(levels) if isinstance(steps, int) else list(steps)
-        if len(chosen) != len(levels) or any(not isinstance(n, int) or n < 1 for n in chosen):
-            names = ", ".join(level.name for level in self.spec.levels)
-            raise ConfigError(f"steps={steps!r}: expected a number of at least 1 for each level ({names}), or one for all.")
-        return tuple(chosen)
+        numbers = [_integer(number) for number in chosen]
+        limits = ", ".join(f"{level.name} 1 to {level.tokens}" for level in seen)
+        fits = [n is not None and 1 <= n <= level.tokens for n, level in zip(numbers, seen, strict=False)]
+        if len(numbers) != len(seen) or not all(fits):
+            raise ConfigError(f"steps={steps!r}: expected one number for all levels or one for each ({limits}).")
+        return tuple(number for number in numbers if number is not None)
 
     def _draw(
         self, plan: SamplingPlan, labels: np.ndarray, indices: np.ndarray, seed: int, numbers: dict[str, float]
@@ -240,44 +260,94 @@ class Pipeline:
             return tokenizer.merge(tokenizer_arrays, tokenizer_arrays).decode(model.to_tokens(levels))
 
         compiled = self._program(("sample", plan), program)
-        place = self._batch_placement(len(labels))
-        rows = (place(labels), place(indices.astype(np.int32)))
-        scalars = {name: jnp.float32(value) for name, value in numbers.items()}
-        images = compiled(self.generator_arrays, self.tokenizer_arrays, *rows, jnp.uint32(seed), scalars)
+        rows = jax.device_put((labels, indices.astype(np.int32)), NamedSharding(self._mesh, PartitionSpec("data")))
+        scalars = {name: np.float32(value) for name, value in numbers.items()}
+        images = compiled(self.generator_arrays, self.tokenizer_arrays, *rows, np.uint32(seed), scalars)
         return np.asarray(images)
+
+    def _bucket(self, count: int, limit: int) -> int:
+        """Return how many images are drawn for `count` of them: few sizes, so that few programs are compiled."""
+        devices = self._mesh.size
+        return -(-min(limit, 1 << (count - 1).bit_length()) // devices) * devices
 
     def _program(self, name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self._programs:
             self._programs[name] = jax.jit(function)
         return self._programs[name]
 
-    def _batch_placement(self, count: int) -> Callable[[np.ndarray], jax.Array]:
-        devices = jax.local_devices()
-        if len(devices) == 1 or count % len(devices):
-            return jnp.asarray
-        sharding = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
-        self.generator_arrays = jax.device_put(self.generator_arrays, replicated)
-        self.tokenizer_arrays = jax.device_put(self.tokenizer_arrays, replicated)
-        return lambda rows: jax.device_put(rows, sharding)
+    def _on_all_devices(self, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return jax.device_put(dict(arrays), NamedSharding(self._mesh, PartitionSpec()))
 
 
-def _load_part(module: nnx.Module, tensors: Mapping[str, Mapping[str, Any]], part: str) -> tuple[Functional, dict[str, jax.Array]]:
+def check_tokens(tokens: Tokens, spec: TokenizerSpec) -> None:
+    """Compare tokens with a tokenizer's levels; all of them, or the discrete ones alone or some first ones of these.
+
+    Raises:
+        ConfigError: something does not fit; decoding would read other codes without a word.
+    """
+    given, faults = tokens.levels, []
+    discrete = sum(level.kind == "discrete" for level in spec.levels)
+    if not (1 <= len(given) <= discrete or len(given) == len(spec.levels)):
+        names = ", ".join(level.name for level in spec.levels)
+        raise ConfigError(f"tokens have {len(given)} levels; this model decodes all of ({names}), or its coarse ones.")
+    for level, values in zip(spec.levels, given, strict=False):
+        shape = (level.tokens,) if level.kind == "discrete" else (level.tokens, level.size)
+        if tuple(values.shape[1:]) != shape or len(values) != len(given[0]):
+            faults.append(f"{level.name} has shape {tuple(values.shape)}, expected {('n', *shape)}")
+        elif level.kind == "discrete" and not np.issubdtype(values.dtype, np.integer):
+            faults.append(f"{level.name} has dtype {values.dtype}, expected int32 ids")
+        elif level.kind == "discrete" and len(values):
+            ids = np.asarray(values)
+            if ids.min() < 0 or ids.max() >= level.size:
+                faults.append(f"{level.name} has ids {ids.min()} to {ids.max()}, expected 0 to {level.size - 1}")
+    if faults:
+        raise ConfigError(f"these tokens do not fit this model: {'; '.join(faults)}.")
+
+
+def _load_part(
+    module: nnx.Module, tensors: Mapping[str, Mapping[str, Any]], part: str
+) -> tuple[Functional, Mapping[str, Any]]:
     static, parameters, rest = functional(module)
     expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in {**parameters, **rest}.items()}
     check(tensors[part], expected, f"the {part} of the model folder")
-    return static, {name: jnp.asarray(tensor) for name, tensor in tensors[part].items()}
+    return static, tensors[part]
 
 
 def _number(name: str, value: float | None, default: float) -> float:
-    number = default if value is None else float(value)
-    if not np.isfinite(number) or number < 0:
-        raise ConfigError(f"{name}={value!r}: expected a finite number of at least 0.")
+    given = default if value is None else value
+    if isinstance(given, Real) and not isinstance(given, bool) and np.isfinite(given) and given >= 0:
+        return float(given)
+    raise ConfigError(f"{name}={value!r}: expected a finite number of at least 0.")
+
+
+def _count(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int:
+    number = _integer(value)
+    if number is None or not low <= number <= high:
+        raise ConfigError(f"{name}={value!r}: expected an integer from {low} to {high}.")
     return number
 
 
 def _integer(value: Any) -> int | None:
-    try:
-        return int(value) if not isinstance(value, bool) and float(value) == int(value) else None
-    except (TypeError, ValueError, OverflowError):
+    """Return a whole number as int, whatever library it comes from; truth values, texts and arrays are none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value) or value != int(value):
         return None
+    return int(value)
+
+
+def _listed(values: Any) -> list[Any]:
+    """Return the items of a collection, or the one thing that is none."""
+    try:
+        return [values] if isinstance(values, str) else list(values)
+    except TypeError:
+        return [values]
+
+
+def _unit_range(images: np.ndarray) -> np.ndarray:
+    # Rounding may have carried a value a little beyond; anything more is another convention.
+    if images.dtype.kind not in "fV" or (images.size and not np.abs(images.astype(np.float32)).max() <= 1.001):
+        raise ConfigError(
+            f"images have dtype {images.dtype}"
+            + (f" and values {images.min()} to {images.max()}" if images.size else "")
+            + "; expected uint8 in [0, 255] or floating point in [-1, 1]."
+        )
+    return images.astype(np.float32)

@@ -17,7 +17,12 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
     Counts dot_general and conv_general_dilated only; element-wise work, a few per cent in these models, is left out.
     Branches count as the most expensive one, loops of unknown length as one round.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return count_equations(jax.make_jaxpr(function)(*args))
+
+
+def count_equations(traced: ClosedJaxpr) -> float:
+    """Return the FLOPs of a function that `jax.make_jaxpr` has traced already; see `count_flops`."""
+    return _count(traced.jaxpr)
 
 
 def _count(jaxpr: Jaxpr) -> float:

@@ -64,7 +64,7 @@ class DataConfig:
     alpha_background: int = key(255, "grey level that transparent pixels are composited onto", low=0, high=255)
     min_side_px: int = key(2, "images with a shorter side are quarantined", low=1)
     max_pixels: int = key(64_000_000, "images with more pixels are quarantined unread", low=1)
-    max_bad_fraction: float = key(0.0, "fraction of damaged files above which the run fails", low=0.0, high=1.0)
+    max_bad_fraction: float = key(0.01, "fraction of damaged files above which the run fails", low=0.0, high=1.0)
     decode_threads: int = key(4, "threads that read and decode", low=1, high=256)
     prefetch_batches: int = key(4, "batches prepared ahead", low=1, high=64)
     cache_mib: int = key(512, "decoded images are kept in memory when they all fit into this; 0 = never", low=0)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+SCHEDULES = ("linear", "constant")
+
 
 def mix(
     conditional: Float[Array, "*shape"], unconditional: Float[Array, "*shape"], guidance_scale: jax.Array | float
@@ -32,4 +34,4 @@ def growth(masked_after: np.ndarray, tokens: int, schedule: str) -> np.ndarray:
         return ((tokens - np.maximum(masked_after, 1)) / max(tokens, 1)).astype(np.float32) if tokens > 1 else np.ones(
             len(masked_after), np.float32
         )
-    raise ValueError(f"guidance schedule {schedule!r} is unknown; known: constant, linear")
+    raise ValueError(f"guidance schedule {schedule!r} is unknown; known: {', '.join(SCHEDULES)}")

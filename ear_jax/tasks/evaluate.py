@@ -11,9 +11,12 @@ from ear_jax import pipeline
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import Loader, eval_batches
 from ear_jax.data.sources import digest_of, open_split
+from ear_jax.errors import ConfigError
+from ear_jax.io import model_folder
 from ear_jax.io.workdir import write_json
 from ear_jax.metrics.classifier import accuracy, predict, train_classifier, trust_report
 from ear_jax.metrics.classifier_store import load_or_train
+from ear_jax.tasks.sample import steps_of_levels
 from ear_jax.tasks.session import Session, fingerprint, open_session
 from ear_jax.tasks.tokenizer import reconstruction_psnr
 
@@ -31,14 +34,18 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     accuracy on held-out images, clean and degraded, stands beside the result. This is no FID.
     """
     config, workdir = session.config, session.workdir
+    chosen = model or workdir.model("generator")
     made_from = digest_of(
-        fingerprint(config, "generator"), model, dataclasses.astuple(config.sample), dataclasses.astuple(config.evaluate)
+        fingerprint(config, "generator"),
+        (model_folder.find(chosen) / "config.json").read_bytes(),  # holds the hashes of the weights
+        dataclasses.astuple(config.sample),
+        dataclasses.astuple(config.evaluate),
     )
     if workdir.is_complete("evaluation", made_from=made_from):
         session.say(f"evaluation  complete in {workdir.evaluation}")
         _print(session, json.loads(workdir.evaluation.read_text()))
         return
-    loaded = pipeline.load(model or workdir.model("generator"))
+    loaded = pipeline.load(chosen)
     held_out = open_split(config.data, "eval", seed=config.seed)
     result: dict[str, Any] = {
         "psnr_db": reconstruction_psnr(
@@ -48,6 +55,13 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     settings = config.evaluate
     classes = len(loaded.class_names)
     train = open_split(config.data, "train", seed=config.seed)
+    if train.class_names != loaded.class_names:
+        raise ConfigError(
+            f"{chosen} knows {len(loaded.class_names)} classes ({', '.join(loaded.class_names[:5])} …), but "
+            f"config.data.source={config.data.source} has {len(train.class_names)} "
+            f"({', '.join(train.class_names[:5])} …). Evaluate on the data that the model was trained on."
+        )
+    steps_L = steps_of_levels(config, loaded)
     size = min(settings.classifier_batch_size, len(train))
 
     def train_judge() -> Any:
@@ -87,19 +101,19 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
         temperature=config.sample.temperature,
         coarse_temperature=config.sample.coarse_temperature,
         batch_size=config.sample.batch_size,
-        steps=loaded.steps_of_levels(),
+        steps=steps_L,
     )
     found = predict(judge, drawn)
     result["class_accuracy_samples"] = float((found == wanted).mean())
     result["class_accuracy_by_class"] = {
-        name: float((found[wanted == index] == index).mean()) for index, name in enumerate(loaded.class_names)
+        loaded.class_names[index]: float((found[wanted == index] == index).mean()) for index in np.unique(wanted)
     }
     result["protocol"] = {
         "judge": f"residual classifier, {settings.classifier_steps} updates on {config.data.source}, seed {config.seed}",
         "samples": settings.samples,
         "reconstructions": min(settings.reconstructions, len(held_out)),
         "weights": "moving average",
-        "steps": list(loaded.steps_of_levels()),
+        "steps": list(steps_L),
         "guidance_scale": config.sample.guidance_scale,
         "temperature": config.sample.temperature,
         "seed": config.sample.seed,

@@ -16,6 +16,7 @@ from ear_jax.nn.keys import Keys
 from ear_jax.tasks.session import Session, open_session
 from ear_jax.tasks.tokenizer import to_float
 from ear_jax.training.progress import Progress
+from ear_jax.types import Posterior
 
 FLUSH_EVERY_BATCHES = 16
 
@@ -87,6 +88,6 @@ def cache_latents(session: Session) -> None:
     session.ledger.event("latents", images=len(source), digest=description.digest)
 
 
-def _named(posterior: object) -> dict[str, jax.Array]:
+def _named(posterior: Posterior) -> dict[str, jax.Array]:
     named = {f"level_{number}": ids for number, ids in enumerate(posterior.discrete)}
     return named | {"mean": posterior.mean, "std": posterior.std}

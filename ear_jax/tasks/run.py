@@ -20,6 +20,7 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
         train_tokenizer(session)
         cache_latents(session)
         train_generator(session)
-        sample(config, str(session.workdir.model("generator")), session.workdir.samples)
+        if session.is_first:
+            sample(config, str(session.workdir.model("generator")), session.workdir.samples)
         evaluate(session)
         session.say(f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {session.workdir.samples / 'grid.png'}")

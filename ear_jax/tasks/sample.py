@@ -40,7 +40,7 @@ def sample(config: Config, model: str, folder: Path) -> None:
         for ids, images in loaded.sample_batches(
             labels,
             seed=settings.seed,
-            steps=_steps(config, loaded),
+            steps=steps_of_levels(config, loaded),
             guidance_scale=settings.guidance_scale,
             guidance_schedule=settings.guidance_schedule,
             temperature=settings.temperature,
@@ -64,7 +64,7 @@ def sample(config: Config, model: str, folder: Path) -> None:
     print(f"samples     {done} images in {folder}, the first {len(first)} in grid.png", flush=True)
 
 
-def _steps(config: Config, loaded: pipeline.Pipeline) -> tuple[int, ...]:
+def steps_of_levels(config: Config, loaded: pipeline.Pipeline) -> tuple[int, ...]:
     """Return passes a level: the sampling keys, or where they are 0 the generator's own."""
     own, generator = config.sample, config.generator
     discrete, continuous = own.coarse_steps or generator.coarse.steps, own.fine_steps or generator.fine.steps

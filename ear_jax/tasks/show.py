@@ -1,7 +1,6 @@
 """Print what a configuration means before anything runs: keys, levels, parameters, FLOPs and memory."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from clu import parameter_overview
 from flax import nnx
 
 from ear_jax import build
-from ear_jax.bench.flops import count_flops
+from ear_jax.bench.flops import count_equations, count_flops
 from ear_jax.config.leaves import flatten
 from ear_jax.config.schema import Config
 from ear_jax.nn.functional import Arrays, functional
@@ -52,7 +51,8 @@ def _print_levels(config: Config, spec: TokenizerSpec) -> None:
     for level, own in zip(spec.levels, build.level_configs(config, spec), strict=True):
         seen = build.generator_level(level, patch)
         what = f"{seen.size} codes" if seen.kind == "discrete" else f"{seen.size} channels"
-        print(f"  {level.name:<10} {seen.grid} x {seen.grid} = {seen.tokens} {seen.kind} tokens, {what}, {own.steps} passes")
+        tokens = f"{seen.grid} x {seen.grid} = {seen.tokens} {seen.kind} tokens"
+        print(f"  {level.name:<10} {tokens}, {what}, {own.steps} passes")
 
 
 def _print_parameters(name: str, module: nnx.Module) -> None:
@@ -85,7 +85,8 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
     ):
         flops, state, saved = _training_cost(module, batch)
         print(
-            f"  {name:<10} {flops / 1e9:>15.2f} {state / GIB:>7.2f} GiB {saved / 2**20:>17.1f} MiB {training.batch_size:>7}"
+            f"  {name:<10} {flops / 1e9:>15.2f} {state / GIB:>7.2f} GiB {saved / 2**20:>17.1f} MiB "
+            f"{training.batch_size:>7}"
         )
         micro = training.batch_size / training.accumulation_steps
         for devices in (1, 8, 64):
@@ -115,11 +116,12 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
         )
         return model.to_tokens(levels)
 
-    drawn = jax.eval_shape(generate, parameters_g, rest_g, label)
-    sampling = count_flops(generate, parameters_g, rest_g, label)
+    traced, drawn = jax.make_jaxpr(generate, return_shape=True)(parameters_g, rest_g, label)
+    sampling = count_equations(traced)
     decoding = count_flops(lambda p, r, t: static_t.merge(p, r).decode(t), parameters_t, rest_t, drawn)
     print("\nSampling one image")
-    print(f"  generator {sampling / 1e9:.2f} GFLOP ({'with' if plan.use_guidance else 'without'} guidance), decoder {decoding / 1e9:.2f} GFLOP")
+    guided = "with" if plan.use_guidance else "without"
+    print(f"  generator {sampling / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")
 
 
 def _training_cost(module: nnx.Module, batch: dict[str, Any]) -> tuple[float, float, float]:
@@ -130,8 +132,11 @@ def _training_cost(module: nnx.Module, batch: dict[str, Any]) -> tuple[float, fl
     def loss(parameters: Arrays, rest: Arrays, batch: dict[str, Any]) -> jax.Array:
         return static.merge(parameters, rest).loss(batch, key, step, {"train_temperature": jnp.float32(1.0)})[0]
 
-    flops = count_flops(jax.grad(loss), parameters, rest, batch)
+    def backward(parameters: Arrays, rest: Arrays, batch: dict[str, Any]) -> tuple[Any, Any]:
+        value, pull = jax.vjp(lambda leaves: loss(leaves, rest, batch), parameters)
+        return pull, pull(jnp.ones_like(value))
+
+    traced, (pull, _) = jax.make_jaxpr(backward, return_shape=True)(parameters, rest, batch)
     weights = sum(math.prod(leaf.shape) * 4 for leaf in parameters.values())
-    backward: Callable[..., Any] = lambda p, r, b: jax.vjp(lambda q: loss(q, r, b), p)[1]  # noqa: E731
-    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(backward, parameters, rest, batch)))
-    return flops, 4.0 * weights, max(0.0, kept - weights)
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    return count_equations(traced), 4.0 * weights, max(0.0, kept - weights)

@@ -58,4 +58,7 @@ def prepare(
 
     shapes = jax.eval_shape(fresh)
     shardings = state_shardings(shapes, mesh)
-    return Prepared(static, shapes, shardings, jax.jit(fresh, out_shardings=shardings))
+    # The program runs once. XLA's CPU backend spends minutes of optimisation on the draws of a large module.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if is_cpu else None
+    return Prepared(static, shapes, shardings, jax.jit(fresh, out_shardings=shardings, compiler_options=options))

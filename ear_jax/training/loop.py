@@ -129,7 +129,7 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                 with progress.paused(), watchdog.section("saving", LONG_SECTION_S):
                     watch.drain()
                     _save(run, store, step, state, wait=is_last or is_stopping)
-            if is_stopping and not is_last:
+            if is_stopping:
                 run.ledger.event("stop", stage=run.stage, step=step, signal=stop.name)
                 raise PreemptedError(
                     f"{stop.name}: the state after step {step} of {total} is saved in {run.folder}. "

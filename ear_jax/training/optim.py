@@ -1,7 +1,8 @@
 """The optimiser: AdamW in groups, a learning-rate schedule in two phases, and global clipping."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,12 @@ class Recipe:
 
 def resolve(training: TrainingConfig, lengths: StageLengths) -> Recipe:
     """Resolve a stage's settings: epochs are steps, the learning rate is the peak for this batch size."""
-    shared = {field.name: getattr(training, field.name) for field in dataclasses.fields(Recipe) if field.name != "lengths"}
-    return Recipe(lengths=lengths, **shared | {"learning_rate": peak_learning_rate(training)})
+    named = {field.name for field in dataclasses.fields(Recipe)} - {"lengths", "learning_rate"}
+    shared: dict[str, Any] = {name: getattr(training, name) for name in named}
+    return Recipe(lengths=lengths, learning_rate=peak_learning_rate(training), **shared)
 
 
-def learning_rate(recipe: Recipe) -> optax.Schedule:
+def learning_rate(recipe: Recipe) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """Return step -> learning rate: linear warm-up from 0, constant or cosine, then the last phase's multiplier."""
     lengths = recipe.lengths
 
@@ -80,9 +82,11 @@ def is_head_matrix(name: str) -> bool:
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Return AdamW over flat parameter dictionaries with the groups of EAR's recipe.
+    """Return AdamW over flat parameter dictionaries with the groups of EAR's recipe, at a learning rate of 1.
 
-    Clipping is by global norm; decay is decoupled and multiplied by the learning rate of the parameter's group.
+    Clipping is by global norm; decay is decoupled and multiplied by the learning rate of the parameter's group. The
+    training step multiplies the result by the schedule at its own count: a count kept here would fall behind with
+    every skipped update.
     """
 
     def decayed(params: Arrays) -> Mapping[str, bool]:
@@ -96,6 +100,6 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
         optax.scale_by_adam(b1=recipe.beta1, b2=recipe.beta2, eps=1e-8),
         optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
         optax.masked(optax.scale(recipe.head_learning_rate_multiplier), heads),
-        optax.scale_by_learning_rate(learning_rate(recipe)),
+        optax.scale(-1.0),
     ]
     return optax.chain(*parts)

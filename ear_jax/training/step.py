@@ -59,10 +59,11 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, root: jax.Array) -> tuple[TrainState, Metrics]:
         step = state["step"]
         loss, metrics, rest, grads = gradients(state, batch, jax.random.fold_in(root, step))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        rate = schedule(step)
+        params = jax.tree.map(lambda old, update: old + rate * update, state["params"], updates)
         decay = recipe.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
 
@@ -82,7 +83,7 @@ def make_train_step(
         fixed = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": schedule(step),
+            "learning_rate": rate,
             "train_temperature": train_temperature(recipe, step),
             "nonfinite_in_a_row": state["nonfinite_in_a_row"],
             "nonfinite_total": state["nonfinite_total"],

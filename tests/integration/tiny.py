@@ -1,8 +1,24 @@
-"""The smallest recipe that has every part: shapes of 16 px, a 4 x 4 latent, two levels, a transformer of two blocks."""
+"""The smallest recipe that has every part: shapes of 16 px, a 4 x 4 latent, two levels, a transformer of two blocks.
 
+Compiling is nearly all that a run of it costs, so runs of one recipe share their programs, compiled in haste.
+"""
+
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ear_jax import build
+from ear_jax.config import strict
+from ear_jax.config.derive import levels, stage_lengths
 from ear_jax.config.schema import (
     BackboneConfig,
     CoarseConfig,
@@ -20,6 +36,14 @@ from ear_jax.config.schema import (
     TokenizerConfig,
     TrainingConfig,
 )
+from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter
+from ear_jax.data.loader import Loader
+from ear_jax.data.sources import open_split
+from ear_jax.distributed.mesh import make_mesh
+from ear_jax.levels import LevelSpec, TokenizerSpec
+from ear_jax.training import ledger, loop
+from ear_jax.training.optim import resolve
+from ear_jax.training.state import TrainState
 
 TRAINING = TrainingConfig(
     batch_size=8,
@@ -70,6 +94,11 @@ CONFIG = Config(
 )
 
 
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """Return the recipe as a config file does; this file can be given to `--config`."""
+    return ml_collections.ConfigDict(strict.to_dict(CONFIG))
+
+
 def tiny_config(**overrides: Any) -> Config:
     """Return the tiny recipe with keys replaced; paths are written with two underscores: `mesh__data=1`."""
     config: Any = CONFIG
@@ -81,3 +110,127 @@ def tiny_config(**overrides: Any) -> Config:
 def _replaced(group: Any, names: list[str], value: Any) -> Any:
     head, *rest = names
     return dataclasses.replace(group, **{head: _replaced(getattr(group, head), rest, value) if rest else value})
+
+
+def one_device_mesh(**_: int) -> Mesh:
+    """Return a mesh of the first device alone, whatever is asked for."""
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def write_latents(config: Config, folder: Path) -> None:
+    """Write a cache of random tokens of the recipe's levels, one row an image."""
+    specs = tuple(LevelSpec(level.name, level.grid, level.kind, level.size) for level in levels(config))
+    names = tuple(f"class {number}" for number in range(config.data.shapes.classes))
+    description = CacheDescription(config.data.shapes.images, specs, names, "random", "float32")
+    random = np.random.default_rng(0)
+
+    def posterior() -> dict[str, np.ndarray]:
+        rows = {}
+        for name, (shape, _) in description.arrays().items():
+            if name.startswith("level_"):
+                rows[name] = random.integers(0, specs[int(name[6:])].size, (description.images, *shape))
+            else:
+                rows[name] = np.abs(random.normal(size=(description.images, *shape)))
+        return rows
+
+    writer = LatentsWriter(folder, description)
+    writer.write(posterior(), posterior(), np.arange(description.images) % len(names))
+    writer.finish_shard()
+    writer.finish()
+
+
+def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.StageRun:
+    """Return a run of a stage in a folder; the generator's tokens are random. The caller closes ledger and loader."""
+    if stage == "tokenizer":
+        source, settings = open_split(config.data, "train", seed=config.seed), config.tokenizer_training
+
+        def create(rngs: nnx.Rngs) -> nnx.Module:
+            return build.build_tokenizer_objective(config, rngs=rngs)
+    else:
+        latents = folder.parent / f"latents_{folder.name}"
+        write_latents(config, latents)
+        source, settings = LatentsSource(latents), config.generator_training
+        spec = TokenizerSpec(config.data.image_px, source.levels)
+
+        def create(rngs: nnx.Rngs) -> nnx.Module:
+            return build.build_generator(config, spec, len(source.class_names), rngs=rngs)
+
+    return loop.StageRun(
+        stage=stage,
+        config_name=config.name,
+        config_dict=strict.to_dict(config),
+        settings=settings,
+        recipe=resolve(settings, stage_lengths(settings, len(source))),
+        create=create,
+        loader=Loader(source, batch_size=settings.batch_size, seed=config.seed, use_flip=True, prefetch_batches=2),
+        mesh=mesh,
+        seed=config.seed,
+        folder=folder,
+        ledger=ledger.Ledger(folder, "test"),
+        tensorboard_folder=folder / "tensorboard",
+    )
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Make `lower(...).compile()` leave out XLA's optimisations: half the time to compile, and nothing here runs long."""
+    original = jax.stages.Lowered.compile
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: original(lowered, options)):
+        yield
+
+
+class Programs:
+    """Keeps what `train` compiles, so that the runs of one recipe on one mesh compile once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Any] = {}
+
+    @contextlib.contextmanager
+    def shared(self, *key: Any) -> Iterator[None]:
+        """Let every `train` within use the programs kept under `key`."""
+        prepare, compile_step = loop.prepare, loop._compile
+
+        def kept(name: str, make: Any) -> Any:
+            if (name, key) not in self._kept:
+                self._kept[name, key] = make()
+            return self._kept[name, key]
+
+        with (
+            quick_compilation(),
+            mock.patch.object(loop, "prepare", lambda *a, **k: kept("prepare", lambda: prepare(*a, **k))),
+            mock.patch.object(loop, "_compile", lambda *a: kept("step", lambda: compile_step(*a))),
+            mock.patch.object(loop, "loader_images_per_s", lambda loader: 0.0),
+        ):
+            yield
+
+    def train(self, stage: str, config: Config, folder: Path, mesh: Mesh) -> TrainState:
+        """Train a stage in a folder, from its checkpoint where there is one, and return the final state."""
+        folder.mkdir(parents=True, exist_ok=True)
+        run = stage_run(stage, config, folder, mesh)
+        with contextlib.closing(run.ledger), contextlib.closing(run.loader):
+            # Whatever changes the program is in the recipe, the accumulation or the mesh.
+            with self.shared(stage, run.recipe, run.settings.accumulation_steps, tuple(mesh.shape.items())):
+                return loop.train(run)[1]
+
+
+def to_numpy(state: Any) -> dict[str, np.ndarray]:
+    """Return all arrays of a state by path, on the host."""
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(state))[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def differing(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
+    """Return the names of arrays that are not equal bit for bit."""
+    assert found.keys() == expected.keys()
+    return [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
+
+
+def updates(folder: Path) -> list[tuple[int, str, str, str]]:
+    """Return step, loss, gradient norm and digest of the batch of every update that counts, in order."""
+    records = ledger.read(folder / ledger.FILE_NAME)
+    return [
+        (record["step"], record["loss_hex"], record["grad_norm_hex"], record["batch"])
+        for record in records
+        if record["event"] == "step"
+    ]

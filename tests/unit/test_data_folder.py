@@ -227,7 +227,7 @@ def test_damage_found_at_opening_is_listed_and_fails_beyond_the_limit(pets):
     with pytest.raises(DataError) as caught:
         open_split(config_of(pets), "train", seed=0)
     message = str(caught.value)
-    assert "4 of 17 images cannot be used" in message and "data.max_bad_fraction=0 " in message
+    assert "4 of 17 images cannot be used" in message and "data.max_bad_fraction=0.01 " in message
     for line in (
         "cat/0.png: empty file",
         "cat/1.png: not an image",
@@ -273,7 +273,7 @@ def test_damage_found_while_reading_stops_the_run_beyond_the_limit(pets):
     train, _ = open_both(pets)
     truncate(pets / train.name(5))
     loader = Loader(train, batch_size=len(train), seed=0)
-    with pytest.raises(DataError, match=r"1 of 16 images cannot be used.*max_bad_fraction=0 ") as caught:
+    with pytest.raises(DataError, match=r"1 of 16 images cannot be used.*max_bad_fraction=0.01 ") as caught:
         next(loader)
     loader.close()
     assert train.name(5) in str(caught.value)

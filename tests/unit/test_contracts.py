@@ -1,0 +1,402 @@
+"""What every tokenizer, backbone, head and data source must do, run over every entry of the registries.
+
+A part that is newly registered in `build.py` (or in `data/sources.py`) is tested here without a line of this file
+being changed: tokenizers and backbones are chosen by name in the tiny recipe, heads by name from `build.HEADS`. Only a
+new kind of data source needs an entry in `MAKE_SOURCE`, which says how to make a tiny one; without it, its test fails.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from integration.tiny import tiny_config
+from PIL import Image
+from random_weights import random_module, random_weights
+
+from ear_jax import build
+from ear_jax.config.leaves import leaves
+from ear_jax.config.schema import DataConfig, ShapesConfig
+from ear_jax.data.sources import SplitSource, open_split
+from ear_jax.errors import ConfigError
+from ear_jax.levels import LevelSpec
+from ear_jax.nn.functional import arrays_of, functional
+from ear_jax.nn.keys import Keys
+from ear_jax.types import Tokens
+
+IMAGE_PX, CLASSES, BATCH = 16, 4, 3
+COARSE, FINE = LevelSpec("coarse", 2, "discrete", 8), LevelSpec("fine", 3, "continuous", 5)
+GENERATOR = tiny_config().generator
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+def test_the_schema_offers_exactly_what_is_registered():
+    choices = {name: set(leaf.metadata["choices"]) for name, leaf in leaves().items() if leaf.metadata["choices"]}
+    assert choices["tokenizer.name"] == set(build.TOKENIZERS)
+    assert choices["generator.backbone.name"] == set(build.BACKBONES)
+    assert set(build.HEAD_OF.values()) <= set(build.HEADS)
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TokenizerCase:
+    """A tokenizer with random weights, and its calls as compiled functions of arrays, so that all tests share them."""
+
+    module: Any
+    images: jax.Array
+
+    def __post_init__(self) -> None:
+        static, parameters, rest = functional(self.module)
+        self.spec = self.module.spec
+        self.arrays = {**parameters, **rest}
+        self.posterior = jax.jit(lambda arrays, images: static.merge(arrays, arrays).posterior(images))
+        self.decode = jax.jit(lambda arrays, tokens: static.merge(arrays, arrays).decode(tokens))
+        self.merge = lambda arrays: static.merge(arrays, arrays)
+        self.encoded = self.posterior(self.arrays, self.images)
+        self.decoded = self.decode(self.arrays, self.encoded.sample(None))
+
+    @property
+    def discrete(self) -> list[LevelSpec]:
+        return [level for level in self.spec.levels if level.kind == "discrete"]
+
+
+@pytest.fixture(scope="module", params=sorted(build.TOKENIZERS))
+def tokenizer(request: pytest.FixtureRequest) -> TokenizerCase:
+    config = tiny_config(tokenizer__name=request.param)
+    module = random_module(lambda keys: build.build_tokenizer(config, rngs=keys))
+    images = jax.random.uniform(jax.random.key(0), (BATCH, IMAGE_PX, IMAGE_PX, 3), minval=-1.0)
+    return TokenizerCase(module, images)
+
+
+def test_a_tokenizer_keeps_what_its_spec_says(tokenizer):
+    spec, tokens = tokenizer.spec, tokenizer.encoded.sample(None)
+    assert spec.image_px == IMAGE_PX and len(tokens.levels) == len(spec.levels)
+    kinds = [level.kind for level in spec.levels]
+    assert kinds == ["discrete"] * (len(kinds) - 1) + ["continuous"], "coarse ids first, one continuous level last"
+    assert len({level.name for level in spec.levels}) == len(spec.levels)
+    assert all(a.grid <= b.grid for a, b in itertools.pairwise(spec.levels)), "coarsest first"
+    for level, values in zip(spec.levels, tokens.levels, strict=True):
+        if level.kind == "discrete":
+            assert (values.shape, values.dtype) == ((BATCH, level.tokens), jnp.int32)
+            assert (values >= 0).all() and (values < level.size).all()
+        else:
+            assert (values.shape, values.dtype) == ((BATCH, level.tokens, level.size), jnp.float32)
+    assert (tokenizer.encoded.std > 0).all() and np.isfinite(tokenizer.encoded.std).all()
+
+
+def test_a_tokenizer_decodes_to_images_in_range(tokenizer):
+    assert (tokenizer.decoded.shape, tokenizer.decoded.dtype) == (tokenizer.images.shape, jnp.float32)
+    assert np.abs(tokenizer.decoded).max() <= 1.0
+    assert np.asarray(tokenizer.decoded).std() > 1e-3, "not a constant"
+
+
+def test_a_tokenizer_draws_from_its_posterior_with_a_key_only(tokenizer):
+    mean, drawn = tokenizer.encoded.sample(None), tokenizer.encoded.sample(jax.random.key(1))
+    np.testing.assert_array_equal(mean.fine, tokenizer.encoded.mean)
+    standardised = (drawn.fine - tokenizer.encoded.mean) / tokenizer.encoded.std
+    assert 0.7 < float(standardised.std()) < 1.3
+    for ids, same in zip(drawn.levels[:-1], mean.levels[:-1], strict=True):
+        np.testing.assert_array_equal(ids, same)
+
+
+def test_latent_statistics_give_unit_scale_and_change_no_image(tokenizer):
+    raw = tokenizer.encoded
+    mean = raw.mean.mean((0, 1))
+    std = jnp.sqrt((raw.mean**2 + raw.std**2).mean((0, 1)) - mean**2)
+    module = tokenizer.merge(tokenizer.arrays)
+    module.set_latent_statistics(mean, std)
+    parameters, rest = arrays_of(module)
+    arrays = {**parameters, **rest}
+    unit = tokenizer.posterior(arrays, tokenizer.images)
+    np.testing.assert_allclose(unit.mean.mean((0, 1)), 0.0, atol=2e-3)
+    np.testing.assert_allclose((unit.mean**2 + unit.std**2).mean((0, 1)), 1.0, atol=5e-3)
+    decoded = tokenizer.decode(arrays, unit.sample(None))
+    np.testing.assert_allclose(decoded, tokenizer.decoded, atol=2e-3)
+
+
+def test_every_level_of_a_tokenizer_shows_in_the_image(tokenizer):
+    tokens = tokenizer.encoded.sample(None)
+    for index, level in enumerate(tokenizer.spec.levels):
+        values = list(tokens.levels)
+        values[index] = (values[index] + 1) % level.size if level.kind == "discrete" else values[index] + 1.0
+        changed = tokenizer.decode(tokenizer.arrays, Tokens(tuple(values)))
+        assert np.abs(changed - tokenizer.decoded).max() > 1e-3, level.name
+
+
+def test_the_coarse_levels_of_a_tokenizer_decode_alone(tokenizer):
+    tokens = tokenizer.encoded.sample(None)
+    for count in range(1, len(tokenizer.discrete) + 1):
+        coarse = tokenizer.decode(tokenizer.arrays, Tokens(tokens.levels[:count]))
+        assert coarse.shape == tokenizer.images.shape and np.isfinite(coarse).all() and np.abs(coarse).max() <= 1.0
+        assert np.abs(coarse - tokenizer.decoded).max() > 1e-3, "the dropped levels must be missing"
+
+
+def test_images_do_not_see_each_other_in_a_tokenizer(tokenizer):
+    turned = tokenizer.posterior(tokenizer.arrays, tokenizer.images[::-1])
+    for ids, other in zip(tokenizer.encoded.discrete, turned.discrete, strict=True):
+        np.testing.assert_array_equal(ids, other[::-1])
+    np.testing.assert_allclose(turned.mean[::-1], tokenizer.encoded.mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(build.TOKENIZERS))
+def test_a_tokenizer_in_bfloat16_keeps_float32_outside(name):
+    config = tiny_config(tokenizer__name=name, tokenizer_training__compute_dtype="bfloat16")
+    module = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
+    static, parameters, rest = functional(module)
+    assert {leaf.dtype for leaf in parameters.values()} == {jnp.dtype("float32")}
+    images = jax.ShapeDtypeStruct((BATCH, IMAGE_PX, IMAGE_PX, 3), jnp.float32)
+
+    def both(parameters: Any, rest: Any, images: jax.Array) -> Any:
+        module = static.merge(parameters, rest)
+        posterior = module.posterior(images)
+        return posterior.mean, posterior.std, module.decode(posterior.sample(None))
+
+    jaxpr, shapes = jax.make_jaxpr(both, return_shape=True)(parameters, rest, images)
+    assert {leaf.dtype for leaf in shapes} == {FLOAT32}
+    assert "bf16" in str(jaxpr), "no product runs in bfloat16"
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=sorted(build.BACKBONES))
+def hidden_states(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
+    """A backbone of two levels as a compiled function (levels, mask, labels, drop), dropout off."""
+    make = build.BACKBONES[request.param]
+    static, parameters, rest = random_weights(lambda keys: make(GENERATOR, (COARSE, FINE), CLASSES, FLOAT32, keys))
+    compiled = jax.jit(lambda p, r, *args: static.merge(p, r)(*args))
+    return lambda *args: compiled(parameters, rest, *args)
+
+
+IDS = jnp.asarray([[0, 3, 5, 7], [1, 1, 2, 6]])
+VALUES = jax.random.normal(jax.random.key(3), (2, FINE.tokens, FINE.size))
+COARSE_MASK, FINE_MASK = jnp.arange(4)[None] < jnp.asarray([[2], [2]]), jnp.arange(9)[None] < jnp.asarray([[4], [6]])
+LABELS, KEEP = jnp.asarray([0, 2]), jnp.zeros((2,), bool)
+
+
+def test_a_backbone_gives_hidden_states_of_the_last_level(hidden_states):
+    width = GENERATOR.backbone.width
+    coarse, fine = (
+        hidden_states((IDS,), COARSE_MASK, LABELS, KEEP),
+        hidden_states((IDS, VALUES), FINE_MASK, LABELS, KEEP),
+    )
+    assert (coarse.shape, coarse.dtype) == ((2, COARSE.tokens, width), jnp.float32)
+    assert (fine.shape, fine.dtype) == ((2, FINE.tokens, width), jnp.float32)
+    assert np.isfinite(coarse).all() and np.isfinite(fine).all()
+
+
+def test_a_backbone_sees_visible_tokens_and_no_masked_ones(hidden_states):
+    """By gradient for continuous tokens: exactly zero under the mask, anything else outside."""
+    gradient = jax.grad(lambda v: (hidden_states((IDS, v), FINE_MASK, LABELS, KEEP) ** 2).sum())(VALUES)
+    seen = np.abs(gradient).max(-1)
+    assert (seen[np.asarray(FINE_MASK)] == 0).all() and (seen[~np.asarray(FINE_MASK)] > 0).all()
+    plain = hidden_states((IDS,), COARSE_MASK, LABELS, KEEP)
+    np.testing.assert_array_equal(hidden_states((IDS.at[:, 0].set(4),), COARSE_MASK, LABELS, KEEP), plain)
+    assert np.abs(hidden_states((IDS.at[:, 3].set(4),), COARSE_MASK, LABELS, KEEP) - plain).max() > 1e-4
+
+
+def test_a_backbone_sees_all_earlier_levels(hidden_states):
+    plain = hidden_states((IDS, VALUES), FINE_MASK, LABELS, KEEP)
+    for place in range(COARSE.tokens):
+        changed = hidden_states((IDS.at[:, place].set(4), VALUES), FINE_MASK, LABELS, KEEP)
+        assert np.abs(changed - plain).max() > 1e-4, place
+
+
+def test_a_backbone_sees_the_label_unless_it_is_dropped(hidden_states):
+    other = jnp.asarray([1, 3])
+    plain, changed = (hidden_states((IDS,), COARSE_MASK, labels, KEEP) for labels in (LABELS, other))
+    assert (np.abs(plain - changed).max((1, 2)) > 1e-4).all()
+    dropped = [hidden_states((IDS,), COARSE_MASK, labels, jnp.ones((2,), bool)) for labels in (LABELS, other)]
+    np.testing.assert_array_equal(*dropped)
+    assert (np.abs(plain - dropped[0]).max((1, 2)) > 1e-4).all(), "no label is another condition than any label"
+
+
+def test_images_do_not_see_each_other_in_a_backbone(hidden_states):
+    plain = hidden_states((IDS, VALUES), FINE_MASK, LABELS, KEEP)
+    changed = hidden_states((IDS.at[1].set(0), VALUES.at[1].set(9.0)), FINE_MASK, LABELS.at[1].set(3), KEEP)
+    np.testing.assert_array_equal(plain[0], changed[0])
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class HeadCase:
+    """A head with random weights (`at_start` are its own first ones), with tokens of its kind."""
+
+    name: str
+    level: LevelSpec
+
+    def __post_init__(self) -> None:
+        def make(keys: Keys) -> Any:
+            return build.HEADS[self.name](GENERATOR, self.level, FLOAT32, keys)
+
+        static, self.parameters, self.rest = random_weights(make)
+        noisy = static.merge(self.parameters, self.rest)
+        self.at_start = jax.jit(lambda: arrays_of(make(Keys(0)))[0])()
+        self.guides, self.is_discrete = noisy.guides, self.level.kind == "discrete"
+        self.loss = jax.jit(lambda p, *args: static.merge(p, self.rest).loss(*args))
+        self.gradient = jax.jit(jax.value_and_grad(lambda p, *args: static.merge(p, self.rest).loss(*args)[0]))
+        self.sample = jax.jit(lambda hidden, keys, temperature: noisy.sample(noisy.predict(hidden), keys, temperature))
+        self.hidden = jax.random.normal(jax.random.key(0), (BATCH, self.level.tokens, GENERATOR.backbone.width))
+        shape = (BATCH, self.level.tokens)
+        self.target = jnp.arange(BATCH * self.level.tokens).reshape(shape) % self.level.size
+        if not self.is_discrete:
+            self.target = jax.random.normal(jax.random.key(1), (*shape, self.level.size))
+        self.mask = jnp.arange(self.level.tokens)[None] < jnp.asarray([[1], [2], [self.level.tokens]])
+
+
+@pytest.fixture(scope="module", params=sorted(build.HEADS))
+def head(request: pytest.FixtureRequest) -> HeadCase:
+    built = nnx.eval_shape(lambda: build.HEADS[request.param](GENERATOR, FINE, FLOAT32, Keys(0)))
+    return HeadCase(request.param, FINE if built.token_kind == "continuous" else COARSE)
+
+
+def test_a_head_starts_with_a_finite_loss_and_gradient(head):
+    loss, gradients = head.gradient(head.at_start, head.hidden, head.target, head.mask, jax.random.key(0))
+    assert np.isfinite(loss) and (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert all(np.isfinite(leaf).all() for leaf in gradients.values())
+    assert max(np.abs(leaf).max() for leaf in gradients.values()) > 0
+
+
+def test_the_loss_of_a_head_ignores_unmasked_tokens(head):
+    def measure(hidden: jax.Array, target: jax.Array, mask: jax.Array) -> Any:
+        return head.loss(head.parameters, hidden, target, mask, jax.random.key(0))
+
+    loss, metrics = measure(head.hidden, head.target, head.mask)
+    hidden_mask, tail = head.mask[..., None], () if head.is_discrete else (1,)
+    shifted = (head.target + 1) % head.level.size if head.is_discrete else head.target + 10.0
+    mask = head.mask.reshape(*head.mask.shape, *tail)
+    elsewhere, _ = measure(jnp.where(hidden_mask, head.hidden, 7.0), jnp.where(mask, head.target, shifted), head.mask)
+    np.testing.assert_allclose(elsewhere, loss, rtol=1e-6)
+    there, _ = measure(head.hidden, jnp.where(mask, shifted, head.target), head.mask)
+    assert abs(there - loss) > 1e-3
+    assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
+    nothing, _ = measure(head.hidden, head.target, jnp.zeros_like(head.mask))
+    assert nothing == 0.0, "and no division by an empty mask"
+
+
+def test_a_head_draws_tokens_of_its_kind(head):
+    drawn = head.sample(head.hidden, jax.random.split(jax.random.key(0), BATCH), 1.0)
+    assert (drawn.shape, drawn.dtype) == (head.target.shape, jnp.int32 if head.is_discrete else jnp.float32)
+    assert np.isfinite(drawn).all()
+    if head.is_discrete:
+        assert (drawn >= 0).all() and (drawn < head.level.size).all()
+    assert head.guides in ("hidden", "logits"), "what the sampler can mix"
+
+
+def test_a_draw_depends_on_its_own_key_alone(head):
+    hidden = jnp.broadcast_to(head.hidden[:1], head.hidden.shape)
+    keys = jax.random.split(jax.random.key(5), BATCH)
+    drawn = np.asarray(head.sample(hidden, keys, 1.0))
+    np.testing.assert_allclose(head.sample(hidden, keys[::-1], 1.0)[::-1], drawn, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(head.sample(hidden, keys.at[1:].set(keys[0]), 1.0)[0], drawn[0])
+    many = [head.sample(hidden, jax.random.split(jax.random.key(seed), BATCH), 1.0) for seed in range(3)]
+    assert any((np.asarray(other) != drawn).any() for other in many), "and on no key it would be no draw"
+
+
+@pytest.mark.parametrize("name", sorted(build.HEADS))
+def test_a_head_in_bfloat16_computes_its_loss_in_float32(name):
+    for level in (COARSE, FINE):
+        make = lambda level=level: build.HEADS[name](GENERATOR, level, BFLOAT16, Keys(0))  # noqa: E731
+        module = nnx.eval_shape(make)
+        if module.token_kind != level.kind:
+            continue
+        static, parameters, rest = functional(module)
+        assert {leaf.dtype for leaf in parameters.values()} == {jnp.dtype("float32")}
+        shape = (BATCH, level.tokens)
+        target = jax.ShapeDtypeStruct(shape, jnp.int32)
+        if level.kind == "continuous":
+            target = jax.ShapeDtypeStruct((*shape, level.size), jnp.float32)
+        hidden = jax.ShapeDtypeStruct((*shape, GENERATOR.backbone.width), jnp.float32)
+        mask, key = jax.ShapeDtypeStruct(shape, jnp.bool_), jax.random.key(0)
+        loss, _ = jax.eval_shape(
+            lambda *args, s=static: s.merge(*args[:2]).loss(*args[2:], key), parameters, rest, hidden, target, mask
+        )
+        assert loss.dtype == jnp.float32
+
+
+# --- data sources ----------------------------------------------------------------------------------------------------
+
+
+def _folder(root: Path) -> DataConfig:
+    for label, number in itertools.product(("cat", "dog"), range(6)):
+        path = root / label / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        colours = np.random.default_rng([len(label), ord(label[0]), number]).integers(0, 255, (9, 12, 3), np.uint8)
+        Image.fromarray(colours).save(path)
+    return DataConfig(source=f"folder:{root}", eval_fraction=0.25)
+
+
+def _tfds(root: Path) -> DataConfig:
+    from test_data_tfds import write
+
+    write(str(root), "pets", {"train": 12, "test": 5})
+    return DataConfig(source="tfds:pets", tfds_directory=str(root))
+
+
+MAKE_SOURCE: dict[str, Callable[[Path], DataConfig]] = {
+    "shapes": lambda root: DataConfig(source="shapes", eval_images=6, shapes=ShapesConfig(images=12, classes=3)),
+    "folder": _folder,
+    "tfds": _tfds,
+}
+
+
+@pytest.fixture(scope="module", params=sorted(build.SOURCES))
+def data_config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    assert request.param in MAKE_SOURCE, f"add to MAKE_SOURCE how to make a tiny {request.param!r} data set"
+    config = MAKE_SOURCE[request.param](tmp_path_factory.mktemp(request.param))
+    return dataclasses.replace(config, image_px=8, decode_threads=1)
+
+
+pytest_tfds = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest_tfds
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_source_serves_labelled_images_of_one_size(data_config, split):
+    source = open_split(data_config, split, seed=0)
+    assert isinstance(source, SplitSource) and source.image_px == 8 and len(source) > 2
+    assert len(set(source.class_names)) == len(source.class_names) > 1
+    count = len(source)
+    batch = source.batch(np.arange(count), np.zeros(count, bool))
+    assert (batch["image"].shape, batch["image"].dtype) == ((count, 8, 8, 3), np.uint8)
+    assert (batch["label"].dtype, batch["index"].dtype) == (np.int32, np.int64)
+    assert batch["label"].min() >= 0 and batch["label"].max() < len(source.class_names)
+    assert batch["index"].tolist() == list(range(count))
+    assert len({image.tobytes() for image in batch["image"]}) > 2, "not all the same picture"
+    for row in (0, count - 1):
+        item = source[row]
+        np.testing.assert_array_equal(item["image"], batch["image"][row])
+        assert (item["label"], item["index"]) == (batch["label"][row], row)
+
+
+@pytest_tfds
+def test_a_source_mirrors_what_it_is_asked_to(data_config):
+    source = open_split(data_config, "train", seed=0)
+    rows = np.asarray([2, 0, 1])
+    plain, mixed = (source.batch(rows, np.asarray(flips)) for flips in ([False] * 3, [True, False, True]))
+    np.testing.assert_array_equal(mixed["image"][[0, 2]], plain["image"][[0, 2], :, ::-1])
+    np.testing.assert_array_equal(mixed["image"][1], plain["image"][1])
+    np.testing.assert_array_equal(mixed["label"], plain["label"])
+
+
+@pytest_tfds
+def test_the_digest_of_a_source_names_its_content(data_config):
+    digest = open_split(data_config, "train", seed=0).digest
+    assert open_split(data_config, "train", seed=0).digest == digest
+    assert open_split(data_config, "eval", seed=0).digest != digest
+    assert open_split(dataclasses.replace(data_config, image_px=4), "train", seed=0).digest != digest
+
+
+def test_an_unknown_source_is_refused_by_name():
+    with pytest.raises(ConfigError, match="is not a data source. Known: shapes"):
+        open_split(DataConfig(source="video:clips"), "train", seed=0)
