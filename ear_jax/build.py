@@ -74,11 +74,11 @@ def level_configs(config: Config, spec: TokenizerSpec) -> tuple[LevelConfig, ...
     return tuple(own.coarse if level.kind == "discrete" else own.fine for level in spec.levels)
 
 
-def _lite_vae(config: Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> LiteVAE:
+def _lite_vae(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> LiteVAE:
     return LiteVAE(image_px=config.data.image_px, **_keys(config.tokenizer.vae), dtype=dtype, rngs=rngs)
 
 
-def _lite_hybrid(config: Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> LiteHybrid:
+def _lite_hybrid(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> LiteHybrid:
     tokenizer = config.tokenizer
     return LiteHybrid(
         vae=_lite_vae(config, dtype, rngs),
@@ -93,18 +93,18 @@ def _lite_hybrid(config: Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> LiteHybrid
 
 
 def _masked(
-    config: GeneratorConfig, levels: tuple[LevelSpec, ...], classes: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    config: GeneratorConfig, levels: tuple[LevelSpec, ...], classes: int, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> MaskedBackbone:
     own = {name: value for name, value in _keys(config.backbone).items() if name != "name"}
     return MaskedBackbone(levels=levels, classes=classes, **own, dtype=dtype, rngs=rngs)
 
 
-def _softmax(config: GeneratorConfig, level: LevelSpec, dtype: jnp.dtype, rngs: nnx.Rngs) -> SoftmaxHead:
+def _softmax(config: GeneratorConfig, level: LevelSpec, dtype: DTypeLike, rngs: nnx.Rngs) -> SoftmaxHead:
     own = _keys(config.softmax)
     return SoftmaxHead(width=config.backbone.width, vocabulary=level.size, **own, dtype=dtype, rngs=rngs)
 
 
-def _energy(config: GeneratorConfig, level: LevelSpec, dtype: jnp.dtype, rngs: nnx.Rngs) -> EnergyHead:
+def _energy(config: GeneratorConfig, level: LevelSpec, dtype: DTypeLike, rngs: nnx.Rngs) -> EnergyHead:
     own = _keys(config.energy)
     return EnergyHead(hidden_width=config.backbone.width, channels=level.size, **own, dtype=dtype, rngs=rngs)
 

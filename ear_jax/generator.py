@@ -1,7 +1,7 @@
 """The generator: a backbone, one head a level, and what is hidden from them in training."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ear_jax.sampling.orders import mask_first, random_ranks, training_counts
-from ear_jax.types import Batch, LevelSpec, Metrics, Posterior, Tokens
+from ear_jax.types import Batch, Head, LevelSpec, Metrics, Posterior, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Generator(nnx.Module):
         self,
         *,
         backbone: nnx.Module,
-        heads: list[nnx.Module],
+        heads: Sequence[Head],
         plans: tuple[LevelPlan, ...],
         patch_size: int,
         label_drop: float,
@@ -64,7 +64,7 @@ class Generator(nnx.Module):
             if head.token_kind != plan.spec.kind:
                 raise ValueError(f"level {plan.spec.name} is {plan.spec.kind}, its head draws {head.token_kind} tokens")
         self.backbone = backbone
-        self.heads = nnx.List(heads)
+        self.heads: Sequence[Head] = nnx.List(heads)
         self.plans = plans
         self.patch_size = patch_size
         self.label_drop = label_drop
@@ -87,7 +87,7 @@ class Generator(nnx.Module):
         """
         token_rng, drop_rng, level_rng = jax.random.split(rng, 3)
         levels = self.to_levels(_posterior(batch).sample(token_rng))
-        labels_B = batch["label"].astype(jnp.int32)
+        labels_B = jnp.asarray(batch["label"], jnp.int32)
         drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
         total, metrics = jnp.float32(0.0), {}
         for index, (plan, head) in enumerate(zip(self.plans, self.heads, strict=True)):
@@ -112,5 +112,5 @@ class Generator(nnx.Module):
 
 
 def _posterior(batch: Batch) -> Posterior:
-    discrete = tuple(batch[name].astype(jnp.int32) for name in sorted(batch) if name.startswith("level_"))
-    return Posterior(discrete, batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32))
+    discrete = tuple(jnp.asarray(batch[name], jnp.int32) for name in sorted(batch) if name.startswith("level_"))
+    return Posterior(discrete, jnp.asarray(batch["mean"], jnp.float32), jnp.asarray(batch["std"], jnp.float32))

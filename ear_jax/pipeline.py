@@ -228,7 +228,7 @@ class Pipeline:
     def steps_of_levels(self, steps: int | Sequence[int] | None = None) -> tuple[int, ...]:
         """Return backbone passes a level, coarsest first, for what `sample` accepts as `steps`; raises ConfigError."""
         seen = [build.generator_level(level, self.config.generator.patch_size) for level in self.spec.levels]
-        if isinstance(steps, Real):  # one number for all may be more than the smaller levels have tokens
+        if isinstance(steps, int | Real):  # one number for all may be more than the smaller levels have tokens
             number = _count("steps", steps, low=1)
             return tuple(min(number, level.tokens) for level in seen)
         own, plans = self.config.sample, build.level_configs(self.config, self.spec)
@@ -329,9 +329,10 @@ def _count(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int
 
 def _integer(value: Any) -> int | None:
     """Return a whole number as int, whatever library it comes from; truth values, texts and arrays are none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return int(value)
+    number = float(value)
+    return int(number) if np.isfinite(number) and number == int(number) else None
 
 
 def _listed(values: Any) -> list[Any]:

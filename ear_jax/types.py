@@ -8,7 +8,7 @@ Dimension letters used as suffixes (`hidden_BNE`) and in jaxtyping signatures:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -16,10 +16,44 @@ from ear_jax.levels import LevelSpec as LevelSpec
 from ear_jax.levels import TokenizerSpec as TokenizerSpec
 
 Batch = Mapping[str, Any]
-"""What a loader yields, as numpy: `image` uint8 [B,h,w,3] or `level_0…`, plus `label` int32 [B] and `index` int64 [B]."""
+"""What a loader yields, as numpy: `image` uint8 [B,h,w,3] or `level_0…`, with `label` int32 and `index` int64 [B]."""
 
 Metrics = dict[str, jax.Array]
 """Scalars of one step, by name."""
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Hidden states to a loss, hidden states to tokens; the seam between a backbone and a kind of token."""
+
+    @property
+    def token_kind(self) -> str:
+        """`discrete` or `continuous`; checked against the level."""
+        ...
+
+    @property
+    def guides(self) -> str:
+        """What guidance mixes: `hidden` states before `predict`, or predictions (`logits`) after it."""
+        ...
+
+    def loss(
+        self,
+        hidden: jax.Array,
+        target: jax.Array,
+        mask: jax.Array,
+        rng: jax.Array,
+        controls: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        """Return the loss over the masked tokens and its metrics."""
+        ...
+
+    def predict(self, hidden: jax.Array) -> jax.Array:
+        """Return what `sample` draws from."""
+        ...
+
+    def sample(self, prediction: jax.Array, keys_B: jax.Array, temperature: jax.Array | float) -> jax.Array:
+        """Draw the tokens of every position; image b uses `keys_B[b]` alone."""
+        ...
 
 
 @jax.tree_util.register_dataclass

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.linear import Linear, layer_norm
@@ -15,7 +16,7 @@ EMBEDDING = nnx.initializers.normal(0.02)
 class LevelInput(nnx.Module):
     """How tokens of one level enter the sequence: embedding, mask token and positions."""
 
-    def __init__(self, level: LevelSpec, *, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, level: LevelSpec, *, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.is_discrete = level.kind == "discrete"
         if self.is_discrete:
             self.table = nnx.Param(EMBEDDING(rngs.params(), (level.size, width), jnp.float32))
@@ -55,7 +56,7 @@ class MaskedBackbone(nnx.Module):
         class_tokens: int = 64,
         use_scan: bool = True,
         use_remat: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.class_tokens = class_tokens

@@ -18,7 +18,7 @@ def key(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declare one config key: its default, what it means, and its range (`low`/`high` inclusive, `above`/`below` exclusive)."""
+    """Declare one config key: default, meaning and range (`low`, `high` inclusive, `above`, `below` exclusive)."""
     metadata = {
         "help": help,
         "low": low,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ear_jax.nn.linear import ZEROS, Linear, layer_norm
@@ -33,16 +34,14 @@ def energy_score(
     """
     count = draws.shape[0]
     attraction = distance(draws, jnp.broadcast_to(target, draws.shape), alpha).mean(0)
-    repulsion = sum(
-        distance(draws[shift:], draws[: count - shift], alpha).sum(0) for shift in range(1, count)
-    )
+    repulsion = sum(distance(draws[shift:], draws[: count - shift], alpha).sum(0) for shift in range(1, count))
     return 2.0 * (attraction - temperature * repulsion / (count * (count - 1)))
 
 
 class NoiseBlock(nnx.Module):
     """Residual MLP block whose norm is shifted, scaled and gated by the noise."""
 
-    def __init__(self, *, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 3 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
         self.expand = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -77,7 +76,7 @@ class EnergyHead(nnx.Module):
         samples: int = 2,
         alpha: float = 1.0,
         repeats: int = 1,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.noise_channels = noise_channels
@@ -114,7 +113,7 @@ class EnergyHead(nnx.Module):
         controls: dict[str, jax.Array] | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Energy loss averaged over the masked tokens; `controls["train_temperature"]` is tau_train (default 1)."""
-        temperature = (controls or {}).get("train_temperature", jnp.float32(1.0))
+        temperature = controls["train_temperature"] if controls else 1.0
         count = self.repeats * self.samples
         projected = self.project(hidden)
         noise = jax.random.uniform(rng, (count, *hidden.shape[:2], self.noise_channels)) - 0.5

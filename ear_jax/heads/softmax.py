@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.linear import Linear
@@ -17,7 +18,13 @@ class SoftmaxHead(nnx.Module):
     guides = "logits"
 
     def __init__(
-        self, *, width: int, vocabulary: int, label_smoothing: float = 0.0, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self,
+        *,
+        width: int,
+        vocabulary: int,
+        label_smoothing: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.label_smoothing = label_smoothing
         self.logits = Linear(width, vocabulary, dtype=dtype, rngs=rngs)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.dropout import dropout
@@ -16,7 +17,7 @@ class SelfAttention(nnx.Module):
     output projection.
     """
 
-    def __init__(self, *, width: int, heads: int, dropout: float = 0.0, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, heads: int, dropout: float = 0.0, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.heads = heads
         self.dropout = dropout
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)

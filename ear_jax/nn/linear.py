@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -23,7 +24,7 @@ class Linear(nnx.Linear):
         *,
         use_bias: bool = True,
         kernel_init: jax.nn.initializers.Initializer = XAVIER,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -42,7 +43,7 @@ class Linear(nnx.Linear):
         return flat.reshape(*inputs.shape[:-1], flat.shape[-1])
 
 
-def layer_norm(width: int, *, affine: bool = True, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, *, affine: bool = True, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Make the layer norm of every trunk and head: eps 1e-6, statistics in float32 by the two-pass formula.
 
     The one-pass formula of the library's default loses all precision where the mean is far larger than the spread.

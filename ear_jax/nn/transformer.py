@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.attention import SelfAttention
@@ -13,7 +14,7 @@ from ear_jax.nn.linear import Linear, layer_norm
 class Mlp(nnx.Module):
     """Linear, exact GELU, linear, with dropout after each half."""
 
-    def __init__(self, *, width: int, hidden: int, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, hidden: int, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dropout = dropout
         self.expand = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.contract = Linear(hidden, width, dtype=dtype, rngs=rngs)
@@ -28,9 +29,7 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """x += attention(norm(x)); x += mlp(norm(x)). The residual stream keeps its own dtype."""
 
-    def __init__(
-        self, *, width: int, heads: int, mlp_ratio: float, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, *, width: int, heads: int, mlp_ratio: float, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm = layer_norm(width, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(width=width, heads=heads, dropout=dropout, dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(width, dtype=dtype, rngs=rngs)
@@ -56,7 +55,7 @@ class Transformer(nnx.Module):
         dropout: float = 0.0,
         use_scan: bool = True,
         use_remat: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.depth = depth
@@ -65,9 +64,7 @@ class Transformer(nnx.Module):
 
         def make(layer_key: jax.Array) -> Block:
             layer_rngs = nnx.Rngs(params=layer_key)
-            return Block(
-                width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs
-            )
+            return Block(width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs)
 
         self.blocks = nnx.vmap(make)(jax.random.split(rngs.params(), depth))
 

@@ -31,7 +31,9 @@ def growth(masked_after: np.ndarray, tokens: int, schedule: str) -> np.ndarray:
     if schedule == "constant":
         return np.ones(len(masked_after), np.float32)
     if schedule == "linear":
-        return ((tokens - np.maximum(masked_after, 1)) / max(tokens, 1)).astype(np.float32) if tokens > 1 else np.ones(
-            len(masked_after), np.float32
+        return (
+            ((tokens - np.maximum(masked_after, 1)) / max(tokens, 1)).astype(np.float32)
+            if tokens > 1
+            else np.ones(len(masked_after), np.float32)
         )
     raise ValueError(f"guidance schedule {schedule!r} is unknown; known: {', '.join(SCHEDULES)}")

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 
 def random_ranks(keys_B: jax.Array, tokens: int) -> Int[Array, "B N"]:
@@ -35,7 +35,7 @@ def training_counts(
     draw_rng, full_rng = jax.random.split(rng)
     if distribution == "truncated_normal":
         lower = (low - 1.0) / std
-        ratio_B: Float[Array, "B"] = 1.0 + std * jax.random.truncated_normal(draw_rng, lower, 0.0, (batch,))
+        ratio_B = 1.0 + std * jax.random.truncated_normal(draw_rng, lower, 0.0, (batch,))
     elif distribution == "uniform":
         ratio_B = jax.random.uniform(draw_rng, (batch,), minval=low, maxval=1.0)
     elif distribution == "cosine":

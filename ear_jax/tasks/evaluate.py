@@ -1,4 +1,4 @@
-"""Measure a run on what needs no download: reconstruction PSNR, and whether samples show the class they were asked for."""
+"""Measure a run on what needs no download: reconstruction PSNR, and whether samples show the requested class."""
 
 import dataclasses
 import json
@@ -109,7 +109,8 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
         loaded.class_names[index]: float((found[wanted == index] == index).mean()) for index in np.unique(wanted)
     }
     result["protocol"] = {
-        "judge": f"residual classifier, {settings.classifier_steps} updates on {config.data.source}, seed {config.seed}",
+        "judge": f"residual classifier, {settings.classifier_steps} updates on {config.data.source}, "
+        f"seed {config.seed}",
         "samples": settings.samples,
         "reconstructions": min(settings.reconstructions, len(held_out)),
         "weights": "moving average",
@@ -129,9 +130,10 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
 def _print(session: Session, result: dict[str, Any]) -> None:
     for name, value in result["psnr_db"].items():
         session.say(f"evaluation  PSNR {name} {value:.2f} dB (held out)")
-    judge = result["classifier"]
-    session.say("evaluation  judge: " + ", ".join(f"{name.removeprefix('accuracy_')} {value:.1%}" for name, value in judge.items()))
-    session.say(f"evaluation  class accuracy: reconstructions {result['class_accuracy_reconstructions']:.1%}, samples {result['class_accuracy_samples']:.1%}")
+    judged = ", ".join(f"{name.removeprefix('accuracy_')} {value:.1%}" for name, value in result["classifier"].items())
+    session.say(f"evaluation  judge on held-out images: {judged}")
+    reconstructions, samples = result["class_accuracy_reconstructions"], result["class_accuracy_samples"]
+    session.say(f"evaluation  class accuracy: reconstructions {reconstructions:.1%}, samples {samples:.1%}")
 
 
 def _collect(source: Any, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -120,7 +120,11 @@ def _training_facts(config: Config, source: LatentsSource, stage: StageRun) -> d
         "updates": lengths.total_steps,
         "batch size": config.generator_training.batch_size,
         "weights": f"moving average, decay {config.generator_training.ema_decay:g}",
-        **{f"last {name}": f"{value:.4g}" for name, value in stage.facts.get("last_metrics", {}).items() if "loss" in name},
+        **{
+            f"last {name}": f"{value:.4g}"
+            for name, value in stage.facts.get("last_metrics", {}).items()
+            if "loss" in name
+        },
     }
 
 

@@ -37,7 +37,12 @@ def cache_latents(session: Session) -> None:
     source = open_split(config.data, "train", seed=config.seed)
     abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
     static, _, _ = functional(abstract)
-    weights = digest_of(*(f"{name}:".encode() + folder.tensors["tokenizer"][name].tobytes() for name in sorted(folder.tensors["tokenizer"])))
+    weights = digest_of(
+        *(
+            f"{name}:".encode() + folder.tensors["tokenizer"][name].tobytes()
+            for name in sorted(folder.tensors["tokenizer"])
+        )
+    )
     description = CacheDescription(
         images=len(source),
         levels=abstract.spec.levels,

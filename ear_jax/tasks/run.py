@@ -23,4 +23,6 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
         if session.is_first:
             sample(config, str(session.workdir.model("generator")), session.workdir.samples)
         evaluate(session)
-        session.say(f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {session.workdir.samples / 'grid.png'}")
+        session.say(
+            f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {session.workdir.samples / 'grid.png'}"
+        )

@@ -93,8 +93,8 @@ class Session:
                 ]
                 raise ConfigError(
                     f"{self.workdir.stage(stage)} was begun with other settings:\n" + "\n".join(lines) + "\n"
-                    "Expected the same ones, since a stage goes on from its checkpoints. Use another --workdir, or delete "
-                    f"{self.workdir.stage(stage)} to start this stage again."
+                    "Expected the same ones, since a stage goes on from its checkpoints. Use another --workdir, or "
+                    f"delete {self.workdir.stage(stage)} to start this stage again."
                 )
             write_json(record, plain)
 
@@ -106,8 +106,7 @@ def inputs(config: Config, stage: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in flatten(config).items()
-        if any(name == group or name.startswith(f"{group}.") for group in STAGES[stage])
-        and not name.endswith(CADENCE)
+        if any(name == group or name.startswith(f"{group}.") for group in STAGES[stage]) and not name.endswith(CADENCE)
     }
 
 

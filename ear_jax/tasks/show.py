@@ -1,6 +1,7 @@
 """Print what a configuration means before anything runs: keys, levels, parameters, FLOPs and memory."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from ear_jax.nn.functional import Arrays, functional
 from ear_jax.nn.keys import Keys
 from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
 from ear_jax.training.start_report import readable_count
-from ear_jax.types import TokenizerSpec
+from ear_jax.types import TokenizerSpec, Tokens
 
 CLASSES_UNKNOWN = 1000
 GIB = 2**30
@@ -114,11 +115,12 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
             temperature=1.0,
             coarse_temperature=1.0,
         )
-        return model.to_tokens(levels)
+        return model.to_tokens(levels).levels
 
     traced, drawn = jax.make_jaxpr(generate, return_shape=True)(parameters_g, rest_g, label)
     sampling = count_equations(traced)
-    decoding = count_flops(lambda p, r, t: static_t.merge(p, r).decode(t), parameters_t, rest_t, drawn)
+    decode: Callable[..., Any] = lambda p, r, levels: static_t.merge(p, r).decode(Tokens(levels))  # noqa: E731
+    decoding = count_flops(decode, parameters_t, rest_t, drawn)
     print("\nSampling one image")
     guided = "with" if plan.use_guidance else "without"
     print(f"  generator {sampling / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")

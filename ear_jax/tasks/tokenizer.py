@@ -103,7 +103,11 @@ def train_tokenizer(session: Session) -> None:
             strict.to_dict(config),
             {"tokenizer": {name: np.asarray(leaf) for name, leaf in arrays.items()}},
             source.class_names,
-            {"Reconstruction (held-out images)": {f"PSNR {name}, dB": f"{value:.2f}" for name, value in quality.items()}},
+            {
+                "Reconstruction (held-out images)": {
+                    f"PSNR {name}, dB": f"{value:.2f}" for name, value in quality.items()
+                }
+            },
             picture,
         )
     session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **_times(stage))

@@ -77,9 +77,7 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
     total, is_first = run.recipe.lengths.total_steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        store = stack.enter_context(
-            CheckpointStore(run.folder / "checkpoints", keep=run.settings.keep_checkpoints)
-        )
+        store = stack.enter_context(CheckpointStore(run.folder / "checkpoints", keep=run.settings.keep_checkpoints))
         state, start, resume = _start_state(run, prepared, store)
         if start >= total:
             return prepared.static, state
@@ -153,6 +151,8 @@ def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> t
     if restored is None:
         for note in store.notes:
             print(f"[{run.stage}] {note}", flush=True)
+        # A run that ended before its first checkpoint, or whose folder was deleted, left updates that no longer count.
+        run.ledger.resume(run.stage, 0)
         return prepared.create(), 0, "no checkpoint, starting at step 0"
     for note in restored.notes:
         print(f"[{run.stage}] {note}", flush=True)
@@ -223,8 +223,8 @@ class _Watch:
         if in_a_row:
             run.ledger.skip(run.stage, step, index=index, loss=values["loss"], grad_norm=values["grad_norm"])
             self._progress.say(
-                f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} is not finite; update skipped "
-                f"({in_a_row} in a row), image ids {index[:8].tolist()}…"
+                f"step {step}: loss {values['loss']} or gradient norm {values['grad_norm']} is not finite; update "
+                f"skipped ({in_a_row} in a row), image ids {index[:8].tolist()}…"
             )
         else:
             run.ledger.step(
@@ -233,9 +233,9 @@ class _Watch:
         if in_a_row >= run.settings.max_nonfinite_in_a_row:
             raise NonFiniteError(
                 f"{in_a_row} updates in a row were not finite, up to step {step}; expected fewer than "
-                f"max_nonfinite_in_a_row={run.settings.max_nonfinite_in_a_row}. Parameters are those before the first of "
-                f"them, and the last checkpoint in {run.folder} is intact. Lower the learning rate, or look at the images "
-                f"of the skipped steps in {run.ledger.path}."
+                f"max_nonfinite_in_a_row={run.settings.max_nonfinite_in_a_row}. Parameters are those before the first "
+                f"of them, and the last checkpoint in {run.folder} is intact. Lower the learning rate, or look at the "
+                f"images of the skipped steps in {run.ledger.path}."
             )
         if step % run.settings.log_every_steps == 0 or step == run.recipe.lengths.total_steps:
             shown = {name: values[name] for name in SHOWN if name in values}

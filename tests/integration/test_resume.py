@@ -87,15 +87,17 @@ def crashing_after(step: int) -> mock._patch:
 @pytest.mark.parametrize(("stage", "accumulation_steps"), [("tokenizer", 1), ("generator", 1), ("generator", 2)])
 def test_stopped_and_crashed_runs_end_as_if_nothing_had_happened(oracle, tmp_path, stage, accumulation_steps):
     folder = tmp_path / "run"
+    with crashing_after(1), pytest.raises(Crash):
+        oracle.train(stage, accumulation_steps, folder)
     with stopped_after(2), pytest.raises(PreemptedError, match=f"SIGTERM: the state after step 2 of {STEPS} is saved"):
         oracle.train(stage, accumulation_steps, folder)
     with crashing_after(5), pytest.raises(Crash):
         oracle.train(stage, accumulation_steps, folder)
     events = [(r["event"], r["step"]) for r in ledger.read(folder / "ledger.jsonl") if r["event"] in ("resume", "stop")]
-    assert events == [("stop", 2), ("resume", 2)]
+    assert events == [("resume", 0), ("resume", 0), ("stop", 2), ("resume", 2)]
     assert oracle.divergence(stage, accumulation_steps, folder) == 0
     resumed = [r["step"] for r in ledger.read(folder / "ledger.jsonl") if r["event"] == "resume"]
-    assert resumed == [2, 3]
+    assert resumed == [0, 0, 2, 3]
 
 
 def test_accumulation_makes_another_run(oracle):

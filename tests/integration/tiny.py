@@ -148,7 +148,8 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
             return build.build_tokenizer_objective(config, rngs=rngs)
     else:
         latents = folder.parent / f"latents_{folder.name}"
-        write_latents(config, latents)
+        if not latents.exists():
+            write_latents(config, latents)
         source, settings = LatentsSource(latents), config.generator_training
         spec = TokenizerSpec(config.data.image_px, source.levels)
 

@@ -1,6 +1,7 @@
 """The energy score against closed forms, its gradient at coinciding draws, and the head around it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,13 @@ def test_score_prefers_the_true_spread():
 def test_score_ignores_the_order_of_draws_and_scales():
     draws, y = jax.random.normal(jax.random.key(2), (4, 6, 3)), jnp.ones((6, 3))
     np.testing.assert_allclose(energy_score(draws[::-1], y), energy_score(draws, y), rtol=1e-5)
-    np.testing.assert_allclose(energy_score(3 * draws, 3 * y, alpha=1.5), 3**1.5 * energy_score(draws, y, alpha=1.5), rtol=1e-5)
+    np.testing.assert_allclose(
+        energy_score(3 * draws, 3 * y, alpha=1.5), 3**1.5 * energy_score(draws, y, alpha=1.5), rtol=1e-5
+    )
 
 
-def make_head(**options) -> EnergyHead:
-    settings = {"hidden_width": 8, "channels": 3, "width": 16, "depth": 2, "noise_channels": 5} | options
+def make_head(**options: int) -> EnergyHead:
+    settings: dict[str, Any] = {"hidden_width": 8, "channels": 3, "width": 16, "depth": 2, "noise_channels": 5} | options
     return EnergyHead(**settings, rngs=nnx.Rngs(0))
 
 
@@ -131,6 +134,7 @@ def test_temperature_changes_draws_without_touching_scale_and_gate():
     prediction, noise = head.predict(jnp.ones((1, 4, 8))), jax.random.uniform(jax.random.key(1), (1, 4, 5))
     assert np.abs(head.draw(prediction, noise, 0.7) - head.draw(prediction, noise, 1.0)).max() > 1e-4
     for block in head.blocks:
-        block.modulation.kernel[...] = block.modulation.kernel[...].at[:, :16].set(0)
-        block.modulation.bias[...] = block.modulation.bias[...].at[:16].set(0)
+        kernel, bias = block.modulation.kernel, block.modulation.bias
+        assert bias is not None
+        kernel[...], bias[...] = kernel[...].at[:, :16].set(0), bias[...].at[:16].set(0)
     np.testing.assert_allclose(head.draw(prediction, noise, 0.0), head.draw(prediction, noise, 1.0), rtol=1e-6)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ear_jax.tokenizers.codebook import CodebookState, nearest, start, update, usage
 
@@ -12,7 +13,8 @@ def _state(codes: np.ndarray, counts: np.ndarray | None = None) -> CodebookState
     """A state with the given codes and counts (1 each), not started. Plain transfers: nothing to compile."""
     counts = np.ones(len(codes)) if counts is None else counts
     arrays = (codes, counts, codes * np.asarray(counts)[:, None])
-    return CodebookState(*(jnp.asarray(np.asarray(array, np.float32)) for array in arrays), jnp.asarray(np.int32(0)))
+    codes_vc, counts_v, sums_vc = (jnp.asarray(np.asarray(array, np.float32)) for array in arrays)
+    return CodebookState(codes_vc, counts_v, sums_vc, jnp.asarray(np.int32(0)))
 
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -74,3 +76,18 @@ def test_usage_of_equal_and_of_collapsed_counts():
     codes = _normal(8, 2)
     np.testing.assert_allclose(_usage(_state(codes, counts=np.full(8, 3.0))), [1.0, 8.0], rtol=1e-5)
     np.testing.assert_allclose(_usage(_state(codes, counts=5.0 * np.eye(8)[0])), [1 / 8, 1.0], rtol=1e-5)
+
+
+def test_a_batch_over_eight_devices_moves_the_codebook_as_one_device_does():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    vectors = jnp.asarray(_normal(64, 2))
+    spread = jax.device_put(vectors, NamedSharding(mesh, PartitionSpec("data")))
+
+    @jax.jit
+    def step(vectors: jax.Array) -> CodebookState:
+        state = start(_state(_normal(16, 2, seed=1)), vectors, jax.random.key(1), initialisation="kmeans")
+        ids = nearest(vectors, state.codes)
+        return update(state, vectors, ids, jax.random.key(2), decay=0.5, revive_below=0.5)
+
+    for one, eight in zip(jax.tree.leaves(step(vectors)), jax.tree.leaves(step(spread)), strict=True):
+        np.testing.assert_allclose(one, eight, atol=1e-5)

@@ -15,6 +15,7 @@ from ear_jax.nn.conv import (
     upsample_nearest,
     usable_groups,
 )
+from ear_jax.nn.keys import Keys
 from ear_jax.nn.norm import GroupNorm, group_count
 from ear_jax.nn.spatial_attention import SpatialAttention
 from ear_jax.nn.unet import UNet
@@ -50,6 +51,7 @@ def test_self_modulated_weights_follow_the_formula():
 
 def test_low_rank_pointwise_has_the_rank_and_fewer_parameters():
     full, thin = (Pointwise(32, 32, rank=rank, rngs=nnx.Rngs(0)) for rank in (0, 4))
+    assert thin.reduce is not None
     kernel = thin.reduce.kernel[...][0, 0] @ thin.expand.kernel[...][0, 0]
     assert np.linalg.matrix_rank(np.asarray(kernel), tol=1e-4) == 4
     assert full.reduce is None
@@ -94,16 +96,23 @@ def test_attention_reaches_every_pixel_and_starts_as_identity_when_asked():
 
 def test_unet_keeps_the_sides_and_resampling_widens_the_view():
     def reach(use_resampling: bool) -> int:
-        network = UNet(3, 2, channels=4, multipliers=(1, 1), blocks=1, use_resampling=use_resampling, rngs=nnx.Rngs(0))
-        images = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
-        assert network(images).shape == (1, 32, 32, 2)
+        @jax.jit
+        def influence(images: jax.Array) -> jax.Array:
+            network = UNet(3, 2, channels=4, multipliers=(1, 1), blocks=1, use_resampling=use_resampling, rngs=Keys(0))
+            assert network(images).shape == (1, 32, 32, 2)
+            return jax.grad(lambda x: network(x)[0, 0, 0].sum())(images)
+
+        gradient = np.abs(influence(jax.random.normal(jax.random.key(0), (1, 32, 32, 3))))[0].sum(axis=-1)
         # Group statistics tie all pixels together weakly; only influences of convolution size are counted.
-        gradient = jnp.abs(jax.grad(lambda x: network(x)[0, 0, 0].sum())(images))[0].sum(axis=-1)
         return int((gradient > 1e-2 * gradient.max()).sum())
 
     assert reach(True) > reach(False)
 
 
 def test_unet_with_zero_output_starts_at_zero():
-    network = UNet(3, 3, channels=8, multipliers=(1, 2), blocks=1, zero_output=True, rngs=nnx.Rngs(0))
-    assert float(jnp.abs(network(_features(channels=3))).max()) == 0.0
+    @jax.jit
+    def output() -> jax.Array:
+        network = UNet(3, 3, channels=8, multipliers=(1, 2), blocks=1, zero_output=True, rngs=Keys(0))
+        return network(_features(channels=3))
+
+    assert np.abs(output()).max() == 0.0

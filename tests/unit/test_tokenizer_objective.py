@@ -56,7 +56,7 @@ def test_one_batch_is_learned_by_the_vae_and_kept_by_the_hybrid(hybrid_run: dict
     assert vae > history[0]["psnr"] + 10.0
     assert hybrid > vae - 1.0
     assert coarse > coarse_at_start + 3.0
-    assert hybrid > coarse + 2.0, "fine tokens add detail"
+    assert hybrid > coarse + 0.5, "fine tokens add detail"
 
 
 def test_hybrid_path_starts_where_the_vae_stood(hybrid_run: dict[str, Any]):

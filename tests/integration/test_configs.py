@@ -1,0 +1,169 @@
+"""Every recipe in configs/: both stages and the sampler are traced as shapes, and tiny ones really run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_weights import random_weights
+
+from ear_jax import build
+from ear_jax.config import derive, files, strict
+from ear_jax.config.schema import Config, TrainingConfig
+from ear_jax.levels import TokenizerSpec
+from ear_jax.nn.functional import Functional, functional
+from ear_jax.nn.keys import Keys
+from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
+from ear_jax.training.optim import make_optimizer, resolve
+from ear_jax.training.state import TrainState, create_state
+from ear_jax.training.step import make_train_step
+from ear_jax.types import Tokens
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CLASSES, IMAGES = 10, 1_281_167
+RECIPES = [
+    f"{path.name}:{variant}"
+    for path in sorted((REPOSITORY / "configs").glob("[!_]*.py"))
+    for variant in files._execute(path).VARIANTS
+]
+QUICK = {"demo", "imagenet256", "s"}
+"""Variants traced by default, as each takes seconds: two levels small and large, and one level."""
+
+
+def load(recipe: str) -> Config:
+    return strict.resolve(files.load(str(REPOSITORY / "configs" / recipe))[0])
+
+
+def tokenizer_batch(config: Config, rows: int) -> dict[str, Any]:
+    rng, px = np.random.default_rng(0), config.data.image_px
+    return {"image": rng.integers(0, 256, (rows, px, px, 3), np.uint8), **_labels(rows)}
+
+
+def generator_batch(spec: TokenizerSpec, rows: int) -> dict[str, Any]:
+    rng, batch = np.random.default_rng(0), _labels(rows)
+    for number, level in enumerate(spec.levels):
+        if level.kind == "discrete":
+            batch[f"level_{number}"] = rng.integers(0, level.size, (rows, level.tokens), np.int32)
+        else:
+            shape = (rows, level.tokens, level.size)
+            batch |= {"mean": rng.normal(size=shape).astype(np.float32), "std": np.full(shape, 0.1, np.float32)}
+    return batch
+
+
+def _labels(rows: int) -> dict[str, Any]:
+    return {"label": np.arange(rows, dtype=np.int32) % CLASSES, "index": np.arange(rows)}
+
+
+def train_step(static: Functional, training: TrainingConfig, params: Any, rest: Any) -> tuple[Any, Any]:
+    """Return the step of a stage and a function that makes its state at step 0."""
+    recipe = resolve(training, derive.stage_lengths(training, IMAGES))
+    optimizer = make_optimizer(recipe)
+    step = make_train_step(static, optimizer, recipe, accumulation_steps=training.accumulation_steps)
+    return step, lambda: create_state(params, rest, optimizer)
+
+
+def traced_step(module: Any, training: TrainingConfig, batch: dict[str, Any]) -> tuple[TrainState, Any]:
+    """Return shapes before one update and after it, with the metrics."""
+    static, parameters, rest = functional(module)
+
+    def run(parameters: Any, rest: Any, batch: Any) -> Any:
+        step, start = train_step(static, training, parameters, rest)
+        state = start()
+        return state, step(state, batch, jax.random.key(0))
+
+    before, (after, metrics) = jax.eval_shape(run, parameters, rest, batch)
+    assert before == after, "an update keeps every shape and dtype of the state"
+    return before, metrics
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(name, marks=() if name.partition(":")[2] in QUICK else pytest.mark.slow, id=name)
+        for name in RECIPES
+    ],
+)
+def test_a_recipe_traces_through_both_stages_and_sampling(recipe):
+    config = load(recipe)
+    objective = nnx.eval_shape(lambda: build.build_tokenizer_objective(config, rngs=Keys(0)))
+    spec = objective.tokenizer.spec
+    training = config.tokenizer_training
+    state, metrics = traced_step(objective, training, tokenizer_batch(config, training.accumulation_steps))
+    assert {leaf.dtype for leaf in state["params"].values()} == {jnp.dtype("float32")}
+    assert metrics["loss"].shape == () and "psnr" in metrics
+
+    generator = nnx.eval_shape(lambda: build.build_generator(config, spec, CLASSES, rngs=Keys(0)))
+    assert tuple(plan.spec for plan in generator.plans) == derive.levels(config), "what the config said before"
+    training = config.generator_training
+    _, metrics = traced_step(generator, training, generator_batch(spec, training.accumulation_steps))
+    assert {f"loss/{level.name}" for level in spec.levels} <= set(metrics)
+
+    static, *arrays = functional(generator)
+    decoder, *weights = functional(objective.tokenizer)
+    steps = tuple(own.steps for own in build.level_configs(config, spec))
+    plan = SamplingPlan(steps, config.sample.guidance_scale != 1.0, config.sample.guidance_schedule)
+
+    def generate(arrays: Any, weights: Any, labels: jax.Array) -> tuple[Tokens, jax.Array]:
+        model = static.merge(*arrays)
+        settings = {"guidance_scale": 2.0, "temperature": 1.0, "coarse_temperature": 1.0}
+        levels = sample_levels(model, labels, image_keys(0, jnp.arange(2)), plan, **settings)
+        tokens = model.to_tokens(levels)
+        return tokens.levels, decoder.merge(*weights).decode(tokens)
+
+    levels, images = jax.eval_shape(generate, arrays, weights, jax.ShapeDtypeStruct((2,), jnp.int32))
+    side = config.data.image_px
+    assert (images.shape, images.dtype) == ((2, side, side, 3), jnp.float32)
+    assert [level.shape[1] for level in levels] == [level.tokens for level in spec.levels]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_tiny_recipe_is_the_recipe_made_small(recipe):
+    """It resolves, keeps what gives a recipe its character, and is small indeed."""
+    config, tiny = load(recipe), load(f"{recipe},tiny")
+    assert tiny.tokenizer.name == config.tokenizer.name and tiny.data.source == config.data.source
+    assert derive.tokens_per_level(tiny) == derive.tokens_per_level(config)
+    assert tiny.generator.patch_size == config.generator.patch_size
+    assert dataclasses.astuple(tiny.generator.fine) == dataclasses.astuple(config.generator.fine)
+    assert tiny.tokenizer_training.steps <= 10 and tiny.generator_training.steps <= 10
+    module = nnx.eval_shape(
+        lambda: build.BACKBONES[tiny.generator.backbone.name](
+            tiny.generator, derive.levels(tiny), CLASSES, jnp.dtype("float32"), Keys(0)
+        )
+    )
+    assert sum(leaf.size for leaf in functional(module)[1].values()) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(name, marks=() if name in ("lite_hybrid.py:demo",) else pytest.mark.slow, id=name)
+        for name in RECIPES
+    ],
+)
+def test_a_tiny_recipe_trains_both_stages(recipe):
+    """Two updates of each stage: finite losses, moved weights."""
+    config = load(f"{recipe},tiny")
+    # Both phases of the tokenizer must have been seen after two updates.
+    config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, hybrid_start_steps=1))
+    rows = 2 * config.tokenizer_training.accumulation_steps
+    objective = random_weights(lambda keys: build.build_tokenizer_objective(config, rngs=keys))
+    spec = objective[0].merge(*objective[1:]).tokenizer.spec
+    run_two_updates(*objective, config.tokenizer_training, tokenizer_batch(config, rows))
+    generator = random_weights(lambda keys: build.build_generator(config, spec, CLASSES, rngs=keys))
+    run_two_updates(*generator, config.generator_training, generator_batch(spec, rows))
+
+
+def run_two_updates(static: Functional, parameters: Any, rest: Any, training: TrainingConfig, batch: Any) -> None:
+    step, start = train_step(static, training, parameters, rest)
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    compiled, state = jax.jit(step, compiler_options=options), start()
+    for _ in range(2):
+        state, metrics = compiled(state, batch, jax.random.key(0))
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert state["step"] == 2 and state["nonfinite_total"] == 0
+    moved = {name for name, leaf in parameters.items() if np.abs(state["params"][name] - leaf).max() > 0}
+    assert len(moved) > 0.9 * len(parameters), sorted(set(parameters) - moved)[:5]

@@ -1,0 +1,277 @@
+"""A model folder in use: from Python by `ear_jax.load`, and from the command line by sample, bench and show."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from integration.tiny import tiny_config
+from PIL import Image
+from random_weights import random_weights
+
+import ear_jax
+from ear_jax import build, main
+from ear_jax.config import strict
+from ear_jax.errors import ConfigError
+from ear_jax.io import model_folder
+from ear_jax.pipeline import Pipeline
+from ear_jax.types import Tokens
+
+NAMES = ("circle", "square", "triangle", "star")
+REPOSITORY = Path(__file__).resolve().parents[2]
+PX = 8
+CONFIG = tiny_config(
+    data__image_px=PX,
+    tokenizer__vae__wavelet_levels=1,
+    tokenizer__vae__decoder_multipliers=(1,),
+    tokenizer__fine__multipliers=(1,),
+    generator__backbone__depth=1,
+    sample__batch_size=16,
+    bench__repeats=3,
+    bench__warmup_repeats=1,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights."""
+    static, *arrays = random_weights(lambda keys: build.build_tokenizer(CONFIG, rngs=keys))
+    spec = static.merge(*arrays).spec
+    _, *own = random_weights(lambda keys: build.build_generator(CONFIG, spec, len(NAMES), rngs=keys))
+    parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
+    tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    return model_folder.write(path, strict.to_dict(CONFIG), tensors, NAMES, {})
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Pipeline:
+    return ear_jax.load(folder)
+
+
+def programs_compiled(model: Pipeline) -> int:
+    return sum(program._cache_size() for name, program in model._programs.items() if name[0] == "sample")
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for the rounding of another batch shape."""
+    return a.shape == b.shape and int(np.abs(a.astype(int) - b).max()) <= 1
+
+
+def test_sampling_by_id_and_by_name_is_the_same(model):
+    by_id = model.sample([2, 0])
+    assert (by_id.shape, by_id.dtype) == ((2, PX, PX, 3), np.uint8)
+    assert by_id.std() > 1
+    np.testing.assert_array_equal(model.sample(["triangle", "circle"]), by_id)
+    np.testing.assert_array_equal(model.sample(np.asarray([2, 0], np.int64)), by_id)
+    np.testing.assert_array_equal(model.sample(2), by_id[:1])
+    np.testing.assert_array_equal(model.sample("triangle"), by_id[:1])
+    assert model.sample([]).shape == (0, PX, PX, 3)
+
+
+def test_an_image_depends_on_seed_index_and_label_alone(model):
+    labels = [0, 1, 2, 3, 0, 1, 2, 3, 3, 2]
+    images = model.sample(labels, seed=5)
+    np.testing.assert_array_equal(model.sample(labels, seed=5), images)
+    assert not close(model.sample(labels, seed=6), images)
+    assert not close(images[:1], images[4:5]), "the same label at another index is another image"
+    others = [3, 3, 3, 3, 3, 3, 3, 3, 3, 2]
+    assert close(model.sample(others, seed=5)[9:], images[9:]), "neighbours do not matter"
+    assert not close(model.sample(others, seed=5)[:1], images[:1]), "labels do"
+
+
+def test_batch_size_and_padding_do_not_change_images(model):
+    labels = [0, 1, 2, 3, 0, 1, 2, 3, 3, 2]
+    images = model.sample(labels, seed=5)
+    assert close(model.sample(labels, seed=5, batch_size=3), images)
+    assert close(model.sample(labels[7:], seed=5, start_index=7), images[7:])
+    done = []
+    parts = list(model.sample_batches(labels, seed=5, batch_size=4, on_batch=done.append))
+    assert [len(part) for _, part in parts] == [4, 4, 2] and done == [4, 8, 10]
+    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), labels)
+    assert close(np.concatenate([part for _, part in parts]), images)
+
+
+def test_scales_temperatures_and_seeds_compile_nothing(model):
+    plain = model.sample([0, 1], guidance_scale=2.0)
+    before = programs_compiled(model)
+    changed = [
+        model.sample([0, 1], guidance_scale=3.5),
+        model.sample([0, 1], guidance_scale=2.0, temperature=0.3),
+        model.sample([0, 1], guidance_scale=2.0, seed=9),
+        model.sample([0, 1], guidance_scale=2.0, coarse_temperature=9.0, seed=4),
+    ]
+    assert programs_compiled(model) == before
+    assert all((image != plain).any() for image in changed)
+    model.sample([0, 1, 2], guidance_scale=2.0)
+    assert programs_compiled(model) == before, "one program for a whole range of counts"
+
+
+def test_unguided_sampling_equals_guidance_scale_one(model):
+    """Scale 1 runs no unconditional branch; the limit from above is the same image."""
+    assert close(model.sample([0, 1], guidance_scale=1.0), model.sample([0, 1], guidance_scale=1.0 + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (-1, ["-1"]),
+        (1000, ["1000"]),
+        ("cat", ["'cat'"]),
+        (np.asarray([0.0, np.nan]), ["nan"]),
+        (np.asarray([1.5]), ["1.5"]),
+        (True, ["True"]),
+        ([0, "cat", 4, "star", -7], ["'cat'", "4", "-7"]),
+    ],
+)
+def test_labels_that_are_no_class_are_all_named(model, labels, named):
+    with pytest.raises(ConfigError, match="are not classes of this model") as fault:
+        model.sample(labels)
+    start = str(fault.value).split(" are not classes")[0]
+    assert all(name in start for name in named) and start.count(",") == len(named) - 1
+    assert "Expected ids 0 to 3 or names: 0 circle, 1 square" in str(fault.value)
+
+
+def test_steps_are_checked_against_the_levels(model):
+    assert model.steps_of_levels() == (2, 1)
+    assert model.steps_of_levels(3) == (3, 3)
+    assert model.steps_of_levels(12) == (4, 12), "no level has more passes than tokens"
+    assert model.steps_of_levels([4, 16]) == (4, 16)
+    for steps in (0, -1, [1], [1, 2, 3], [0, 1], [5, 1], [1, 17], [True, 1]):
+        with pytest.raises(ConfigError, match="steps="):
+            model.sample([0], steps=steps)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("nan")},
+        {"temperature": float("inf")},
+        {"coarse_temperature": -0.1},
+        {"guidance_schedule": "quadratic"},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"start_index": -1},
+        {"start_index": 2**31},
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(model, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        model.sample([0], **options)
+
+
+def test_images_go_to_tokens_and_back(model):
+    images = np.random.default_rng(0).integers(0, 256, (2, PX, PX, 3), np.uint8)
+    tokens = model.encode(images)
+    assert [level.shape for level in tokens.levels] == [(2, 4), (2, 16, 4)]
+    decoded = model.decode(tokens)
+    assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
+    floats = model.encode(images.astype(np.float32) / 127.5 - 1)
+    np.testing.assert_allclose(floats.fine, tokens.fine, atol=1e-4)
+    assert (model.decode(Tokens(tokens.levels[:1])) != decoded).any()
+    drawn = [np.asarray(model.encode(images, seed=seed).fine) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 1e-3 and np.abs(drawn[0] - tokens.fine).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("images", "fault"),
+    [
+        (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\); this model encodes \[n, 8, 8, 3\]"),
+        (np.zeros((8, 8, 3), np.uint8), r"shape \(8, 8, 3\)"),
+        (np.zeros((1, PX, PX, 4), np.uint8), r"shape \(1, 8, 8, 4\)"),
+        (np.zeros((1, PX, PX, 3), np.int32), "dtype int32"),
+        (np.full((1, PX, PX, 3), 255.0, np.float32), r"values 255.0 to 255.0; expected uint8"),
+        (np.full((1, PX, PX, 3), np.nan, np.float32), "values nan"),
+    ],
+)
+def test_images_that_cannot_be_encoded_are_refused(model, images, fault):
+    with pytest.raises(ConfigError, match=fault):
+        model.encode(images)
+
+
+def test_tokens_that_cannot_be_decoded_are_refused(model):
+    ids, fine = np.zeros((2, 4), np.int32), np.zeros((2, 16, 4), np.float32)
+    for levels, fault in (
+        ((), "0 levels"),
+        ((ids, fine, fine), "3 levels"),
+        ((ids[:, :3], fine), r"coarse has shape \(2, 3\), expected \('n', 4\)"),
+        ((ids, fine[:, :, :3]), "fine has shape"),
+        ((ids, fine[:1]), "fine has shape"),
+        ((fine,), "coarse has shape"),
+        ((ids + 8, fine), "coarse has ids 8 to 8, expected 0 to 7"),
+        ((ids - 1, fine), "ids -1 to -1"),
+        ((ids.astype(np.float32), fine), "dtype float32"),
+    ):
+        with pytest.raises(ConfigError, match=fault):
+            model.decode(Tokens(tuple(map(jax.numpy.asarray, levels))))
+
+
+def test_a_tokenizer_alone_reconstructs_but_does_not_sample(folder):
+    stored = model_folder.read(folder)
+    alone = Pipeline(
+        strict.from_dict(stored.config_dict), stored.class_names, {"tokenizer": stored.tensors["tokenizer"]}
+    )
+    with pytest.raises(ConfigError, match="holds a tokenizer only"):
+        alone.sample([0])
+
+
+def test_weights_of_another_model_are_named(folder):
+    stored = model_folder.read(folder)
+    wider = strict.from_dict(stored.config_dict | {"generator": stored.config_dict["generator"] | {"patch_size": 2}})
+    with pytest.raises(ConfigError, match="do not fit the model its config describes"):
+        Pipeline(wider, stored.class_names, stored.tensors)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_task_takes_the_config_of_the_model(model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default workdir is below the current folder
+    labels = "--config.sample.labels=(1,3)"
+    assert main.main(["--task=sample", f"--model={folder}", labels, "--config.sample.count=5"]) == 0, (
+        capsys.readouterr()
+    )
+    made = tmp_path / "runs" / "model_tiny" / "samples"
+    assert "5 images in" in capsys.readouterr().out
+    singles = sorted(path.relative_to(made) for path in made.rglob("*.png") if path.name != "grid.png")
+    assert len(singles) == 5 and (made / "grid.png").is_file()
+    expected = model.sample([1, 3, 1, 3, 1], seed=CONFIG.sample.seed)
+    assert close(np.asarray(Image.open(made / singles[0])), expected[0])
+
+
+def test_the_sample_task_writes_one_file_for_evaluators(folder, tmp_path, capsys):
+    arguments = ["--config.sample.format=npz", "--config.sample.count=6", f"--workdir={tmp_path}"]
+    assert main.main(["--task=sample", f"--model={folder}", *arguments]) == 0, capsys.readouterr()
+    (path,) = (tmp_path / "samples").glob("*.npz")
+    stored = np.load(path)
+    images = next(value for value in stored.values() if value.ndim == 4)
+    assert (images.shape, images.dtype) == ((6, PX, PX, 3), np.uint8)
+    assert any(value.tolist() == [0, 1, 2, 3, 0, 1] for value in stored.values() if value.ndim == 1)
+
+
+def test_a_label_that_the_model_lacks_ends_the_sample_task(folder, tmp_path, capsys):
+    status = main.main(["--task=sample", f"--model={folder}", "--config.sample.labels=(1,9)", f"--workdir={tmp_path}"])
+    error = capsys.readouterr().err
+    assert status == 64 and "9" in error and "Traceback" not in error
+
+
+def test_the_bench_task_times_every_stage(folder, tmp_path, capsys):
+    arguments = [f"--workdir={tmp_path}", "--config.bench.batch_size=2", "--config.sample.guidance_scale=2"]
+    assert main.main(["--task=bench", f"--model={folder}", *arguments]) == 0, capsys.readouterr()
+    output = capsys.readouterr().out
+    assert all(f" {stage} " in output for stage in ("encode", "coarse", "fine", "decode", "label to image"))
+    assert "guidance 2" in output and "coarse in 2, fine in 1 passes" in output
+
+
+def test_the_show_task_says_what_a_recipe_is(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    assert main.main(["--task=show", "--config=configs/lite_hybrid.py:demo,tiny"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"4 x 4 = 16 discrete tokens, 64 codes, \d+ passes", output)
+    assert re.search(r"Parameters of the generator: \d", output)
+    costs = re.findall(r"^  (?:tokenizer|generator) +([0-9.]+)", output, re.MULTILINE)
+    assert len(costs) == 3 and all(float(cost) > 0 for cost in costs), "two stages of training and one of sampling"
