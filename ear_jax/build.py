@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from ear_jax.backbones.masked import MaskedBackbone
 from ear_jax.config.schema import Config, GeneratorConfig, LevelConfig

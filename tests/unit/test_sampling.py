@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_weights import random_module
 
 from ear_jax.backbones.masked import MaskedBackbone
 from ear_jax.generator import Generator, LevelPlan, patchify, unpatchify
@@ -24,33 +25,29 @@ COARSE, FINE = LevelSpec("coarse", 2, "discrete", 7), LevelSpec("fine", 4, "cont
 @functools.cache
 def make_generator(levels=(COARSE, FINE), *, use_scan=True, dropout=0.0, patch_size=1) -> Generator:
     """A two-block generator whose weights are all random, so that nothing hides behind a zero initialisation."""
-    rngs = nnx.Rngs(0)
-    backbone = MaskedBackbone(
-        levels=levels,
-        classes=3,
-        width=16,
-        depth=2,
-        heads=2,
-        class_tokens=2,
-        dropout=dropout,
-        use_scan=use_scan,
-        rngs=rngs,
-    )
-    heads = [
-        SoftmaxHead(width=16, vocabulary=level.size, rngs=rngs)
-        if level.kind == "discrete"
-        else EnergyHead(hidden_width=16, channels=level.size, width=16, depth=1, noise_channels=4, rngs=rngs)
-        for level in levels
-    ]
-    plans = tuple(LevelPlan(level, "uniform", 0.0, 0.25, 0.1, 1.0) for level in levels)
-    generator = Generator(backbone=backbone, heads=heads, plans=plans, patch_size=patch_size, label_drop=0.1)
-    graph, parameters, rest = nnx.split(generator, nnx.Param, ...)
-    leaves, tree = jax.tree.flatten(parameters)
-    noisy = [
-        leaf + 0.2 * jax.random.normal(jax.random.fold_in(jax.random.key(1), number), leaf.shape)
-        for number, leaf in enumerate(leaves)
-    ]
-    return nnx.merge(graph, jax.tree.unflatten(tree, noisy), rest)
+
+    def create(rngs: nnx.Rngs) -> Generator:
+        backbone = MaskedBackbone(
+            levels=levels,
+            classes=3,
+            width=16,
+            depth=2,
+            heads=2,
+            class_tokens=2,
+            dropout=dropout,
+            use_scan=use_scan,
+            rngs=rngs,
+        )
+        heads = [
+            SoftmaxHead(width=16, vocabulary=level.size, rngs=rngs)
+            if level.kind == "discrete"
+            else EnergyHead(hidden_width=16, channels=level.size, width=16, depth=1, noise_channels=4, rngs=rngs)
+            for level in levels
+        ]
+        plans = tuple(LevelPlan(level, "uniform", 0.0, 0.25, 0.1, 1.0) for level in levels)
+        return Generator(backbone=backbone, heads=heads, plans=plans, patch_size=patch_size, label_drop=0.1)
+
+    return random_module(create)
 
 
 @pytest.mark.parametrize(
@@ -115,93 +112,74 @@ def test_patches_are_channel_major_and_invertible():
     np.testing.assert_array_equal(patches[0, 0, :4], tokens[0, jnp.asarray([0, 1, 4, 5]), 0])
 
 
-def test_masked_tokens_leak_nothing():
-    """The gradient of the hidden states with respect to masked inputs is zero, to visible ones it is not."""
-    generator = make_generator()
-    fine, mask = jax.random.normal(jax.random.key(0), (1, 16, 3)), jnp.arange(16)[None] < 9
-    coarse, label, keep = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
-    total = lambda tokens: (generator.backbone((coarse, tokens), mask, label, keep) ** 2).sum()  # noqa: E731
-    gradient = np.abs(jax.jit(jax.grad(total))(fine)).max(-1)[0]
-    assert (gradient[:9] == 0).all() and (gradient[9:] > 0).all()
-
-
-def test_loss_of_a_level_does_not_see_its_masked_targets_through_the_backbone():
-    """Changing masked ids changes the loss but not the hidden states it is computed from."""
-    generator = make_generator()
-    mask, label, keep = jnp.ones((1, 4), bool), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
-    a = generator.backbone((jnp.zeros((1, 4), jnp.int32),), mask, label, keep)
-    b = generator.backbone((jnp.full((1, 4), 5, jnp.int32),), mask, label, keep)
-    np.testing.assert_array_equal(a, b)
+def hidden_states(generator: Generator):
+    """The backbone's coarse level as a compiled function of a dropout key or None."""
+    mask, label, keep = jnp.ones((1, 4), bool), jnp.ones((1,), jnp.int32), jnp.zeros((1,), bool)
+    return jax.jit(lambda rng: generator.backbone((jnp.zeros((1, 4), jnp.int32),), mask, label, keep, rng))
 
 
 def test_scanned_blocks_equal_unrolled_ones():
-    scanned, unrolled = make_generator(), make_generator(use_scan=False)
-    mask, label, keep = jnp.ones((1, 4), bool), jnp.ones((1,), jnp.int32), jnp.zeros((1,), bool)
-    tokens = (jnp.zeros((1, 4), jnp.int32),)
-    np.testing.assert_allclose(
-        scanned.backbone(tokens, mask, label, keep), unrolled.backbone(tokens, mask, label, keep), rtol=1e-5, atol=1e-5
-    )
+    scanned, unrolled = (hidden_states(make_generator(use_scan=use_scan))(None) for use_scan in (True, False))
+    np.testing.assert_allclose(scanned, unrolled, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_changes_with_its_key_only():
-    generator = make_generator(dropout=0.3)
-    mask, label, keep = jnp.ones((1, 4), bool), jnp.ones((1,), jnp.int32), jnp.zeros((1,), bool)
-    run = lambda rng: np.asarray(generator.backbone((jnp.zeros((1, 4), jnp.int32),), mask, label, keep, rng))  # noqa: E731
+    run = hidden_states(make_generator(dropout=0.3))
     first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3 and np.abs(first - run(None)).max() > 1e-3
 
 
-def draw(labels, indices, *, steps=(3, 2), scale=1.0, seed=0, temperature=1.0, generator=None):
-    """Sample levels as numpy."""
-    generator = generator or make_generator()
-    plan = SamplingPlan(steps, scale != 1.0, "linear")
-    levels = jax.jit(
-        lambda labels, keys, s, t: sample_levels(
-            generator, labels, keys, plan, guidance_scale=s, temperature=t, coarse_temperature=1.0
+@functools.cache
+def program(generator: Generator, plan: SamplingPlan):
+    """A sampling program, compiled once for all tests that need it."""
+    return jax.jit(
+        lambda labels, keys, scale, temperature: sample_levels(
+            generator, labels, keys, plan, guidance_scale=scale, temperature=temperature, coarse_temperature=1.0
         )
-    )(jnp.asarray(labels), image_keys(seed, jnp.asarray(indices)), scale, temperature)
-    return [np.asarray(level) for level in levels]
+    )
+
+
+def draw(labels, indices, *, steps=(3, 2), scale=1.0, seed=0, is_guided=False, levels=(COARSE, FINE)):
+    """Sample levels as numpy."""
+    run = program(make_generator(levels), SamplingPlan(steps, is_guided, "linear"))
+    drawn = run(jnp.asarray(labels), image_keys(seed, jnp.asarray(indices)), scale, 1.0)
+    return [np.asarray(level) for level in drawn]
 
 
 def test_a_sample_depends_on_seed_and_index_not_on_its_neighbours():
-    generator = make_generator()
-    together = draw([0, 1, 2, 1], [0, 1, 2, 3], generator=generator, scale=2.0)
-    alone = draw([2], [2], generator=generator, scale=2.0)
-    np.testing.assert_array_equal(together[0][2:3], alone[0])
-    np.testing.assert_allclose(together[1][2:3], alone[1], rtol=2e-4, atol=2e-5)
+    together = draw([0, 1, 2, 1], [0, 1, 2, 3], scale=2.0, is_guided=True)
+    elsewhere = draw([2, 0, 0, 0], [2, 7, 8, 9], scale=2.0, is_guided=True)
+    np.testing.assert_array_equal(together[0][2], elsewhere[0][0])
+    np.testing.assert_allclose(together[1][2], elsewhere[1][0], rtol=2e-4, atol=2e-5)
     assert np.abs(together[1][1] - together[1][3]).max() > 1e-3, "equal labels, other indices: other images"
-    other = draw([2], [2], generator=generator, scale=2.0, seed=1)
-    assert np.abs(other[1] - alone[1]).max() > 1e-3
+    other = draw([2, 0, 0, 0], [2, 7, 8, 9], scale=2.0, is_guided=True, seed=1)
+    assert np.abs(other[1][0] - elsewhere[1][0]).max() > 1e-3
 
 
-def test_every_token_is_drawn_once_for_any_number_of_steps():
+def test_labels_matter():
+    guided = {"scale": 2.0, "is_guided": True}
+    a, b = draw([0, 1, 2, 1], [0, 1, 2, 3], **guided), draw([1, 2, 0, 2], [0, 1, 2, 3], **guided)
+    assert all(np.abs(first - second).max() > 1e-3 for first, second in zip(a[1], b[1], strict=True))
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (9, 40)])
+def test_every_token_is_drawn_once_for_any_number_of_steps(steps):
     """A token left at its empty value would be exactly zero; draws of continuous tokens are not."""
-    for steps in ((1, 1), (9, 40)):
-        levels = draw([0, 1], [0, 1], steps=steps)
-        assert levels[0].shape == (2, 4) and (levels[0] >= 0).all() and (levels[0] < 7).all()
-        assert (np.abs(levels[1]).min(-1) > 0).all()
+    levels = draw([0, 1], [0, 1], steps=steps)
+    assert levels[0].shape == (2, 4) and (levels[0] >= 0).all() and (levels[0] < 7).all()
+    assert (np.abs(levels[1]).min(-1) > 0).all()
 
 
 def test_guidance_off_equals_guidance_scale_one():
-    generator = make_generator()
-    plan = SamplingPlan((2, 1), True, "linear")
-    guided = jax.jit(
-        lambda labels, keys: sample_levels(
-            generator, labels, keys, plan, guidance_scale=1.0, temperature=1.0, coarse_temperature=1.0
-        )
-    )(jnp.asarray([0, 1]), image_keys(0, jnp.arange(2)))
-    plain = draw([0, 1], [0, 1], steps=(2, 1), generator=generator)
+    guided = draw([0, 1, 2, 1], [0, 1, 2, 3], is_guided=True)
+    plain = draw([0, 1, 2, 1], [0, 1, 2, 3])
     np.testing.assert_array_equal(guided[0], plain[0])
     np.testing.assert_allclose(guided[1], plain[1], rtol=1e-3, atol=1e-4)
 
 
-def test_labels_matter():
-    assert any((a != b).any() for a, b in zip(draw([0], [0]), draw([1], [0]), strict=True))
-
-
 def test_generator_without_a_coarse_level_is_ear():
-    levels = draw([0, 1], [0, 1], steps=(4,), generator=make_generator((FINE,)))
+    levels = draw([0, 1], [0, 1], steps=(4,), levels=(FINE,))
     assert len(levels) == 1 and levels[0].shape == (2, 16, 3)
 
 
