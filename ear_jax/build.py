@@ -118,14 +118,14 @@ def _keys(group: Any) -> dict[str, Any]:
     return {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
 
 
-TOKENIZERS: dict[str, Callable[[Config, jnp.dtype, nnx.Rngs], Any]] = {
+TOKENIZERS: dict[str, Callable[[Config, DTypeLike, nnx.Rngs], Any]] = {
     "lite_vae": _lite_vae,
     "lite_hybrid": _lite_hybrid,
 }
-BACKBONES: dict[str, Callable[[GeneratorConfig, tuple[LevelSpec, ...], int, jnp.dtype, nnx.Rngs], Any]] = {
+BACKBONES: dict[str, Callable[[GeneratorConfig, tuple[LevelSpec, ...], int, DTypeLike, nnx.Rngs], Any]] = {
     "masked": _masked
 }
-HEADS: dict[str, Callable[[GeneratorConfig, LevelSpec, jnp.dtype, nnx.Rngs], Any]] = {
+HEADS: dict[str, Callable[[GeneratorConfig, LevelSpec, DTypeLike, nnx.Rngs], Any]] = {
     "softmax": _softmax,
     "energy": _energy,
 }

@@ -84,7 +84,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return stage_of("tokenizer", tmp_path_factory.mktemp("tokenizer") / "run")
 
 
-def check(stage: Stage, mesh: Mesh, accumulation_steps: int, expected: tuple[list[dict[str, float]], TrainState]) -> None:
+def check(
+    stage: Stage, mesh: Mesh, accumulation_steps: int, expected: tuple[list[dict[str, float]], TrainState]
+) -> None:
     """Compare updates on a mesh with those on one device."""
     metrics, state = stage.updated(mesh, accumulation_steps)
     for mine, theirs in zip(metrics, expected[0], strict=True):

@@ -43,7 +43,7 @@ class Line(nnx.Module):
 class Points:
     """Points of a line; those of the `bad` ids are not numbers."""
 
-    class_names = ("line",)
+    class_names: tuple[str, ...] = ("line",)
     digest = "points"
 
     def __init__(self, bad: frozenset[int] = frozenset()) -> None:

@@ -29,9 +29,7 @@ class Crash(Exception):
 def config_of(accumulation_steps: int) -> Config:
     """Return a run in which the codebook starts and the last phase begins in between, saved at every third step."""
     settings = dict(steps=STEPS, accumulation_steps=accumulation_steps, checkpoint_every_steps=3)
-    return tiny_config(
-        **{f"{stage}_training__{name}": value for stage in STAGES for name, value in settings.items()}
-    )
+    return tiny_config(**{f"{stage}_training__{name}": value for stage in STAGES for name, value in settings.items()})
 
 
 class Oracle:

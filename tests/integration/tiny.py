@@ -174,7 +174,7 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
 
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Make `lower(...).compile()` leave out XLA's optimisations: half the time to compile, and nothing here runs long."""
+    """Make `lower(...).compile()` leave out XLA's optimisations: half the time to compile; nothing here runs long."""
     original = jax.stages.Lowered.compile
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: original(lowered, options)):

@@ -84,7 +84,7 @@ def test_an_abstract_module_is_as_good_a_mould_as_a_concrete_one(module):
 
 
 def test_assignments_inside_a_compiled_function_come_back_as_arrays(module):
-    static, parameters, rest = functional(module)
+    static, parameters, _ = functional(module)
 
     @jax.jit
     def call(parameters, rest):

@@ -60,7 +60,8 @@ class Toy(nnx.Module):
         head = self.heads[0]
         value = jnp.mean((hidden @ head.kernel[...] + head.bias[...]) ** 2)
         # The root of a square: its value is finite everywhere, its gradient is not at zero.
-        value = value + jnp.mean(batch["poison"]) * 1e-3 + jnp.mean(jnp.sqrt((head.bias[...] * batch["scale"].min()) ** 2))
+        root = jnp.sqrt((head.bias[...] * batch["scale"].min()) ** 2)
+        value = value + jnp.mean(batch["poison"]) * 1e-3 + jnp.mean(root)
         return value, {"tau": controls["train_temperature"], "noise": jax.random.uniform(rng)}
 
 
@@ -146,7 +147,8 @@ def test_accumulated_micro_batches_equal_the_whole_batch(accumulation_steps):
         for name in ("loss", "grad_norm", "learning_rate"):
             np.testing.assert_allclose(found_metrics[name], metrics[name], rtol=1e-5)
         for name in ("params", "ema"):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[name], expected[name])
+            for leaf, value in zip(jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True):
+                np.testing.assert_allclose(leaf, value, rtol=1e-4, atol=1e-6)
         assert int(found["rest"]["passes"]) == accumulation_steps * (number + 1)
         state = {**expected, "rest": found["rest"]}
 
@@ -170,7 +172,8 @@ def test_averages_follow_their_formula():
     average = {name: np.asarray(leaf, np.float64) for name, leaf in state["ema"].items()}
     for _ in range(4):
         state, _ = step(state, batch_of(), ROOT)
-        average = {name: 0.9 * old + 0.1 * np.asarray(state["params"][name], np.float64) for name, old in average.items()}
+        fresh = {name: np.asarray(value, np.float64) for name, value in state["params"].items()}
+        average = {name: 0.9 * old + 0.1 * fresh[name] for name, old in average.items()}
     for name, expected in average.items():
         np.testing.assert_allclose(state["ema"][name], expected, rtol=1e-5)
         assert not np.allclose(state["ema"][name], state["params"][name], rtol=1e-4)
