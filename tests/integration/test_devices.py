@@ -21,7 +21,10 @@ from ear_jax.training.state import TrainState
 from ear_jax.training.step import make_train_step
 
 UPDATES = 3
-LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-5, 1e-5
+METRIC_TOLERANCE = 1e-5  # relative; 5e-7 was seen
+GRADIENT_TOLERANCE = 2e-3  # of the largest element of the leaf; 2.4e-4 was seen in a leaf at rounding level
+PARAMETER_TOLERANCE = 1e-4  # absolute; 2e-5 was seen, and the updates move a parameter by 3e-3 at most
+NOISE = 1e-5
 SHARD_ABOVE_ELEMENTS = 64
 
 
@@ -55,9 +58,13 @@ class Stage:
 
 
 def stage_of(name: str, folder: Path) -> Stage:
-    """Set up a stage with small leaves sharded as if they were large."""
+    """Set up a stage with small leaves sharded as if they were large.
+
+    Backgrounds are shaded: on flat ones many pixels have the same error, and where that is nearly zero the gradient of
+    L1 takes one sign or the other for all of them at once, on any number of devices.
+    """
     settings = {f"{name}_training__batch_size": 16, f"{name}_training__warmup_steps": 0}
-    config = tiny_config(**settings, tokenizer__hybrid_start_steps=1)
+    config = tiny_config(**settings, tokenizer__hybrid_start_steps=1, data__shapes__use_gradient=True)
     folder.mkdir()
     run = stage_run(name, config, folder, one_device_mesh())
     optimizer = make_optimizer(run.recipe)
@@ -90,16 +97,30 @@ def check(
     """Compare updates on a mesh with those on one device."""
     metrics, state = stage.updated(mesh, accumulation_steps)
     for mine, theirs in zip(metrics, expected[0], strict=True):
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(mine[name], theirs[name], rtol=LOSS_TOLERANCE, err_msg=name)
-    start = to_numpy(stage.state["params"])
+        for name in theirs:
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=METRIC_TOLERANCE, atol=1e-7, err_msg=name)
+    found, wanted = gradients(state), gradients(expected[1])
+    largest = max(np.abs(leaf).max() for leaf in wanted.values())
+    for name, leaf in wanted.items():
+        allowed = GRADIENT_TOLERANCE * max(np.abs(leaf).max(), 10 * NOISE * largest)
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=allowed, err_msg=name)
     for kind in ("params", "ema", "rest"):
-        found, wanted = to_numpy(state[kind]), to_numpy(expected[1][kind])
-        for name, leaf in wanted.items():
-            np.testing.assert_allclose(found[name], leaf, rtol=1e-4, atol=PARAMETER_TOLERANCE, err_msg=name)
-    moved = [np.abs(leaf - start[name]).max() for name, leaf in to_numpy(state["params"]).items()]
-    assert np.median(moved) > 100 * PARAMETER_TOLERANCE, "the updates are too small for the comparison to mean anything"
+        for name, leaf in expected[1][kind].items():
+            mine, theirs = np.asarray(state[kind][name]), np.asarray(leaf)
+            if kind != "rest":
+                # Adam makes whole steps of gradients that are zero but for rounding, such as those of key biases.
+                clear = np.abs(wanted[name]) > NOISE * largest
+                mine, theirs = mine[clear], theirs[clear]
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=PARAMETER_TOLERANCE, err_msg=f"{kind} {name}")
+    moved = [np.abs(np.asarray(state["params"][name]) - leaf).max() for name, leaf in stage.state["params"].items()]
+    assert np.median(moved) > 10 * PARAMETER_TOLERANCE, "the updates are too small for the comparison to mean anything"
     check_layout(stage.state, state, mesh)
+
+
+def gradients(state: TrainState) -> dict[str, np.ndarray]:
+    """Return Adam's running mean of the gradients."""
+    moments = next(part for part in state["opt_state"] if hasattr(part, "mu"))
+    return {name: np.asarray(leaf) for name, leaf in moments.mu.items()}
 
 
 def check_layout(host: Any, state: TrainState, mesh: Mesh) -> None:
@@ -130,7 +151,7 @@ def test_generator(generator):
 def test_tokenizer(tokenizer):
     """Codebooks start from, count over and revive from the vectors of all devices."""
     parts = tokenizer.updated(one_device_mesh(), 2)
-    assert parts[0][-1]["codebook/usage"] > 0
+    assert parts[0][-1]["loss/commitment"] > 0, "the codebook has not started"
     check(tokenizer, make_mesh(data=8), 2, parts)
     check(tokenizer, make_mesh(data=4, fsdp=2), 2, parts)
 
