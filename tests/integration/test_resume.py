@@ -1,4 +1,7 @@
-"""A run that is stopped, crashes and goes on is, bit for bit, the run that was never interrupted."""
+"""A run that is stopped, crashes and goes on is, bit for bit, the run that was never interrupted.
+
+`pytest -m slow tests/integration/test_resume.py` cuts runs of both stages at 48 random steps and prints the outcome.
+"""
 
 import functools
 import os
