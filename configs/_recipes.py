@@ -84,27 +84,58 @@ def photograph_tokenizer_training() -> Recipe:
     )
 
 
+def kl16() -> Recipe:
+    """Return data and tokenizer of the masked families: ImageNet at 256 px, 16 x 16 latents of 16 channels (KL-16)."""
+    return dict(
+        data=dict(source="tfds:imagenet2012", image_px=256, eval_images=50_000, decode_threads=16),
+        tokenizer=dict(
+            name="kl_vae",
+            kl_vae=dict(
+                channels=128,
+                multipliers=(1, 1, 2, 2, 4),
+                blocks=2,
+                latent_channels=16,
+                encoder_attention=True,
+                decoder_attention=False,
+            ),
+            loss=photograph_loss(),
+        ),
+        tokenizer_training=photograph_tokenizer_training(),
+        evaluate=dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64),
+    )
+
+
 def shrink(recipe: Recipe) -> None:
     """Reduce widths, depths, lengths and batches so that a recipe runs through on a CPU; nothing else changes."""
     batch_size = 2 if recipe["data"]["image_px"] >= 512 else 8
     tokenizer, generator = recipe["tokenizer"], recipe["generator"]
-    tokenizer["vae"] |= dict(
-        encoder="custom",
-        encoder_channels=8,
-        encoder_multipliers=(1, 2),
-        encoder_blocks=1,
-        decoder_channels=16,
-        decoder_blocks=1,
-        conv_groups=1,
-        conv_rank=0,
-    )
-    tokenizer["fine"] = dict(channels=16, multipliers=(1, 2), blocks=1)
+    if tokenizer["name"] in ("lite_vae", "lite_hybrid"):
+        tokenizer["vae"] |= dict(
+            encoder="custom",
+            encoder_channels=8,
+            encoder_multipliers=(1, 2),
+            encoder_blocks=1,
+            decoder_channels=16,
+            decoder_blocks=1,
+            conv_groups=1,
+            conv_rank=0,
+        )
+        tokenizer["fine"] = dict(channels=16, multipliers=(1, 2), blocks=1)
+    elif tokenizer["name"] == "kl_vae":
+        tokenizer["kl_vae"] |= dict(channels=32, blocks=1)
+    else:
+        tokenizer["vqvae"] |= dict(channels=32, blocks=1)
     if tokenizer.get("loss", {}).get("adversarial"):
         tokenizer["loss"] |= dict(adversarial_start_steps=3, adversarial_channels=8)
     if tokenizer["name"] == "lite_hybrid":
         tokenizer["hybrid_start_steps"] = 2
     generator["backbone"] |= dict(width=64, depth=2, heads=4)
-    generator["energy"] |= dict(width=64, depth=2)
+    if generator["backbone"].get("name") == "mar":
+        generator["backbone"] |= dict(encoder_depth=2)
+    if "energy" in generator:
+        generator["energy"] |= dict(width=64, depth=2)
+    if "diffusion" in generator:
+        generator["diffusion"] |= dict(width=64, depth=2, sample_steps=4)
     for name in ("tokenizer_training", "generator_training"):
         recipe[name] |= dict(
             batch_size=batch_size,
@@ -122,6 +153,8 @@ def shrink(recipe: Recipe) -> None:
     recipe["data"]["eval_images"] = 8
     recipe["latents"] = dict(batch_size=batch_size)
     recipe["sample"] |= dict(count=4, batch_size=2)
+    if generator["backbone"].get("name") in ("mar", "dit"):
+        recipe["sample"] |= dict(fine_steps=4)
     recipe["evaluate"] = dict(
         samples=4, reconstructions=4, classifier_steps=2, classifier_batch_size=4, classifier_channels=4
     )

@@ -198,16 +198,16 @@ def _cifar10_cpu() -> dict[str, Any]:
     recipe["generator"]["coarse"] |= dict(steps=16)
     recipe["generator_training"] |= dict(
         batch_size=32,
-        steps=4_000,
+        steps=10_000,
         learning_rate=1e-3,
-        warmup_steps=200,
+        warmup_steps=300,
         schedule="cosine",
         final_learning_rate_ratio=0.05,
         head_learning_rate_multiplier=1.0,
-        final_phase_steps=500,
+        final_phase_steps=1_000,
         final_phase_learning_rate_multiplier=1.0,
         ema_decay=0.998,
-        grid_every_steps=1_000,
+        grid_every_steps=2_000,
         checkpoint_every_steps=500,
     )
     recipe["sample"] |= dict(guidance_scale=2.0, coarse_temperature=0.9)

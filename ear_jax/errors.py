@@ -41,3 +41,9 @@ class NonFiniteError(EarError):
     """Too many updates in a row had a non-finite loss or gradient; the last good checkpoint is intact."""
 
     exit_status = 76
+
+
+class CheckError(EarError):
+    """A sanity check found something that does not hold: an impossible figure, or a part that does nothing."""
+
+    exit_status = 79

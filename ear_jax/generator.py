@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ear_jax.sampling.orders import mask_first, random_ranks, training_counts
-from ear_jax.types import Batch, Head, LevelSpec, Metrics, Posterior, Tokens
+from ear_jax.sampling.orders import least_masked, mask_first, random_ranks, training_counts
+from ear_jax.types import Batch, Head, LevelSpec, Metrics, Posterior, Tokens, discrete_levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,11 @@ class LevelPlan:
     mask_ratio_std: float
     full_mask_probability: float
     loss_weight: float
+
+    @property
+    def most_visible(self) -> int:
+        """Upper bound on the unmasked tokens of an image in training."""
+        return self.spec.tokens - least_masked(self.spec.tokens, self.mask_ratio, self.mask_ratio_low)
 
 
 def patchify(tokens_BND: Float[Array, "B N D"], patch_size: int) -> Float[Array, "B n d"]:
@@ -66,6 +71,7 @@ class Generator(nnx.Module):
         self.backbone = backbone
         self.heads: Sequence[Head] = nnx.List(heads)
         self.plans = plans
+        self.levels = tuple(plan.spec for plan in plans)
         self.patch_size = patch_size
         self.label_drop = label_drop
 
@@ -103,7 +109,9 @@ class Generator(nnx.Module):
             )
             ranks_BN = random_ranks(jax.random.split(order_rng, labels_B.shape[0]), plan.spec.tokens)
             mask_BN = mask_first(ranks_BN, counts_B)
-            hidden_BNE = self.backbone(levels[: index + 1], mask_BN, labels_B, drop_B, backbone_rng)
+            hidden_BNE = self.backbone(
+                levels[: index + 1], mask_BN, labels_B, drop_B, backbone_rng, most_visible=plan.most_visible
+            )
             loss, level_metrics = head.loss(hidden_BNE, levels[index], mask_BN, head_rng, dict(controls))
             total = total + plan.loss_weight * loss
             metrics[f"loss/{plan.spec.name}"] = loss
@@ -112,5 +120,5 @@ class Generator(nnx.Module):
 
 
 def _posterior(batch: Batch) -> Posterior:
-    discrete = tuple(jnp.asarray(batch[name], jnp.int32) for name in sorted(batch) if name.startswith("level_"))
+    discrete = tuple(jnp.asarray(ids, jnp.int32) for ids in discrete_levels(batch))
     return Posterior(discrete, jnp.asarray(batch["mean"], jnp.float32), jnp.asarray(batch["std"], jnp.float32))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ear_jax import build
 from ear_jax.config import Config, from_dict
+from ear_jax.config.derive import generator_level, level_steps, steps_limit
 from ear_jax.errors import ConfigError
 from ear_jax.io import model_folder
 from ear_jax.io.pictures import to_uint8
@@ -21,7 +22,7 @@ from ear_jax.io.tensor_names import check
 from ear_jax.nn.functional import Functional, functional
 from ear_jax.nn.keys import Keys
 from ear_jax.sampling import guidance
-from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
+from ear_jax.sampling.loop import SamplingPlan, image_keys
 from ear_jax.types import TokenizerSpec, Tokens
 
 Label = int | str
@@ -89,6 +90,8 @@ class Pipeline:
         guidance_schedule: str | None = None,
         temperature: float | None = None,
         coarse_temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
@@ -103,7 +106,9 @@ class Pipeline:
             guidance_scale: 1 is off; s * conditional + (1 - s) * unconditional.
             guidance_schedule: `linear` or `constant` over a level's steps.
             temperature: tau_infer of the energy head.
-            coarse_temperature: softmax temperature of the coarse level.
+            coarse_temperature: softmax temperature of discrete levels.
+            top_k: next-scale models draw among the k most likely codes; 0 for all.
+            top_p: next-scale models draw among the most likely codes of this probability; 0 for all.
             batch_size: images drawn at a time, at most.
             on_batch: called with the number of finished images after each batch.
 
@@ -122,6 +127,8 @@ class Pipeline:
             guidance_schedule=guidance_schedule,
             temperature=temperature,
             coarse_temperature=coarse_temperature,
+            top_k=top_k,
+            top_p=top_p,
             batch_size=batch_size,
             on_batch=on_batch,
         )
@@ -140,6 +147,8 @@ class Pipeline:
         guidance_schedule: str | None = None,
         temperature: float | None = None,
         coarse_temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -155,7 +164,13 @@ class Pipeline:
         schedule = defaults.guidance_schedule if guidance_schedule is None else guidance_schedule
         if schedule not in guidance.SCHEDULES:
             raise ConfigError(f"guidance_schedule={schedule!r} is unknown. Known: {', '.join(guidance.SCHEDULES)}.")
-        plan = SamplingPlan(self.steps_of_levels(steps), use_guidance=scale != 1.0, guidance_schedule=schedule)
+        plan = SamplingPlan(
+            self.steps_of_levels(steps),
+            use_guidance=scale != 1.0,
+            guidance_schedule=schedule,
+            top_k=defaults.top_k if top_k is None else _count("top_k", top_k),
+            top_p=_number("top_p", top_p, defaults.top_p),
+        )
         limit = defaults.batch_size if batch_size is None else _count("batch_size", batch_size, low=1)
         first = _count("start_index", start_index, high=2**31 - 1 - len(ids) - limit)
         seed = _count("seed", seed, high=2**32 - 1)
@@ -227,20 +242,16 @@ class Pipeline:
 
     def steps_of_levels(self, steps: int | Sequence[int] | None = None) -> tuple[int, ...]:
         """Return backbone passes a level, coarsest first, for what `sample` accepts as `steps`; raises ConfigError."""
-        seen = [build.generator_level(level, self.config.generator.patch_size) for level in self.spec.levels]
+        seen = [generator_level(level, self.config.generator.patch_size) for level in self.spec.levels]
+        most = [steps_limit(self.config, level) for level in seen]
         if isinstance(steps, int | Real):  # one number for all may be more than the smaller levels have tokens
             number = _count("steps", steps, low=1)
-            return tuple(min(number, level.tokens) for level in seen)
-        own, plans = self.config.sample, build.level_configs(self.config, self.spec)
-        chosen = steps
-        if chosen is None:
-            chosen = [
-                (own.coarse_steps if level.kind == "discrete" else own.fine_steps) or plan.steps
-                for level, plan in zip(seen, plans, strict=True)
-            ]
+            return tuple(min(number, limit) for limit in most)
+        own = self.config.sample
+        chosen = level_steps(self.config, own.coarse_steps, own.fine_steps) if steps is None else steps
         numbers = [_integer(number) for number in chosen]
-        limits = ", ".join(f"{level.name} 1 to {level.tokens}" for level in seen)
-        fits = [n is not None and 1 <= n <= level.tokens for n, level in zip(numbers, seen, strict=False)]
+        limits = ", ".join(f"{level.name} 1 to {limit}" for level, limit in zip(seen, most, strict=True))
+        fits = [n is not None and 1 <= n <= limit for n, limit in zip(numbers, most, strict=False)]
         if len(numbers) != len(seen) or not all(fits):
             raise ConfigError(f"steps={steps!r}: expected one number for all levels or one for each ({limits}).")
         return tuple(number for number in numbers if number is not None)
@@ -252,11 +263,11 @@ class Pipeline:
             raise ConfigError(
                 f"{self.path or 'this model'} holds a tokenizer only: it cannot sample. Train a generator on it first."
             )
-        generator, tokenizer = self.generator, self.tokenizer
+        generator, tokenizer, draw = self.generator, self.tokenizer, build.sampler(self.config)
 
         def program(generator_arrays, tokenizer_arrays, labels_B, indices_B, seed, numbers):
             model = generator.merge(generator_arrays, generator_arrays)
-            levels = sample_levels(model, labels_B, image_keys(seed, indices_B), plan, **numbers)
+            levels = draw(model, labels_B, image_keys(seed, indices_B), plan, **numbers)
             return tokenizer.merge(tokenizer_arrays, tokenizer_arrays).decode(model.to_tokens(levels))
 
         compiled = self._program(("sample", plan), program)

@@ -33,7 +33,7 @@ class Head(Protocol):
 
     @property
     def guides(self) -> str:
-        """What guidance mixes: `hidden` states before `predict`, or predictions (`logits`) after it."""
+        """What guidance mixes: `hidden` states before `predict`, predictions (`logits`), or the head's own `score`."""
         ...
 
     def loss(
@@ -80,20 +80,28 @@ class Tokens:
         return continuous[-1] if continuous else None
 
 
+def discrete_levels(batch: Batch) -> tuple[Any, ...]:
+    """Return the ids of a cached batch, `level_0`, `level_1` …, coarsest first."""
+    count = sum(name.startswith("level_") for name in batch)
+    return tuple(batch[f"level_{number}"] for number in range(count))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Posterior:
-    """Tokens before sampling: discrete ids as they are, the continuous level as mean and standard deviation.
+    """Tokens before sampling: discrete ids as they are, the continuous level (if any) as mean and standard deviation.
 
     This is what the latents cache stores, so that each visit of an image draws fresh continuous tokens.
     """
 
     discrete: tuple[jax.Array, ...]
-    mean: jax.Array
-    std: jax.Array
+    mean: jax.Array | None
+    std: jax.Array | None
 
     def sample(self, rng: jax.Array | None) -> Tokens:
         """Draw tokens; without `rng` the mean is returned."""
+        if self.mean is None or self.std is None:
+            return Tokens(self.discrete)
         fine = self.mean
         if rng is not None:
             fine = fine + self.std * jax.random.normal(rng, fine.shape, fine.dtype)

@@ -22,6 +22,11 @@ jaxtyping.install_import_hook("ear_jax", "typechecker.check")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the parity suite run on another folder of fixtures."""
+    parser.addoption("--goldens", default=str(REPOSITORY / "tests" / "goldens"), help="folder of parity fixtures")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests for accelerators that are not in use; JAX_PLATFORMS=cuda (or tpu) brings them in."""
     for platform in ("gpu", "tpu"):

@@ -1,4 +1,4 @@
-"""The masked bidirectional transformer of EAR, MAR and Lite-Hybrid, one level of tokens at a time."""
+"""The masked bidirectional transformer of EAR and Lite-Hybrid, one level of tokens at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from ear_jax.types import LevelSpec
 EMBEDDING = nnx.initializers.normal(0.02)
 
 
-class LevelInput(nnx.Module):
-    """How tokens of one level enter the sequence: embedding, mask token and positions."""
+class LevelEmbedding(nnx.Module):
+    """Tokens of one level as vectors: a table of codes, or a projection of continuous tokens."""
 
     def __init__(self, level: LevelSpec, *, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.is_discrete = level.kind == "discrete"
@@ -22,6 +22,17 @@ class LevelInput(nnx.Module):
             self.table = nnx.Param(EMBEDDING(rngs.params(), (level.size, width), jnp.float32))
         else:
             self.project = Linear(level.size, width, dtype=dtype, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "B N"] | Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+        """Return float32 vectors without positions."""
+        return self.table[...][tokens] if self.is_discrete else self.project(tokens).astype(jnp.float32)
+
+
+class LevelInput(LevelEmbedding):
+    """How tokens of one level enter the sequence: embedding, mask token and positions."""
+
+    def __init__(self, level: LevelSpec, *, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(level, width=width, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(EMBEDDING(rngs.params(), (width,), jnp.float32))
         self.position_NE = nnx.Param(EMBEDDING(rngs.params(), (level.tokens, width), jnp.float32))
 
@@ -29,7 +40,7 @@ class LevelInput(nnx.Module):
         self, tokens: Int[Array, "B N"] | Float[Array, "B N D"], mask_BN: Bool[Array, "B N"] | None = None
     ) -> Float[Array, "B N E"]:
         """Embed the tokens, replace the masked ones, add positions (float32)."""
-        embedded = self.table[...][tokens] if self.is_discrete else self.project(tokens).astype(jnp.float32)
+        embedded = self.embed(tokens)
         if mask_BN is not None:
             embedded = jnp.where(mask_BN[..., None], self.mask_token[...], embedded)
         return embedded + self.position_NE[...]
@@ -85,6 +96,8 @@ class MaskedBackbone(nnx.Module):
         labels_B: Int[Array, "B"],
         drop_label_B: Bool[Array, "B"],
         rng: jax.Array | None = None,
+        *,
+        most_visible: int | None = None,
     ) -> Float[Array, "B N E"]:
         """Return float32 hidden states of the last of the given levels.
 
@@ -94,6 +107,7 @@ class MaskedBackbone(nnx.Module):
             labels_B: class ids; must be valid, gathers do not check.
             drop_label_B: images that see the null embedding instead of their class.
             rng: key for dropout; None switches dropout off.
+            most_visible: of no use here, as masked tokens stay in the sequence.
         """
         condition_BE = jnp.where(drop_label_B[:, None], self.null_embedding[...], self.class_embedding[...][labels_B])
         parts = [condition_BE[:, None] + self.class_position[...]]

@@ -22,9 +22,25 @@ class StageLengths:
         return self.total_steps - self.final_phase_steps
 
 
+LITE = ("lite_vae", "lite_hybrid")
+"""Tokenizers on a wavelet encoder."""
+
+
 def downsampling(config: Config) -> int:
     """Return how many pixels make the side of one latent pixel."""
-    return 2**config.tokenizer.vae.wavelet_levels
+    tokenizer = config.tokenizer
+    if tokenizer.name in LITE:
+        return 2**tokenizer.vae.wavelet_levels
+    own = tokenizer.kl_vae if tokenizer.name == "kl_vae" else tokenizer.vqvae
+    return 2 ** max(0, len(own.multipliers) - 1)
+
+
+def downsampling_path(config: Config) -> str:
+    """Return the key that decides the downsampling, for messages."""
+    name = config.tokenizer.name
+    if name in LITE:
+        return "tokenizer.vae.wavelet_levels"
+    return f"tokenizer.{'kl_vae' if name == 'kl_vae' else 'vqvae'}.multipliers"
 
 
 def latent_grid(config: Config) -> int:
@@ -32,27 +48,72 @@ def latent_grid(config: Config) -> int:
     return config.data.image_px // downsampling(config)
 
 
+def latent_channels(config: Config) -> int:
+    """Return the channels of the latent map."""
+    tokenizer = config.tokenizer
+    if tokenizer.name in LITE:
+        return tokenizer.vae.latent_channels
+    return (tokenizer.kl_vae if tokenizer.name == "kl_vae" else tokenizer.vqvae).latent_channels
+
+
 def has_coarse(config: Config) -> bool:
-    """Tell whether the tokenizer has discrete levels in front of the continuous one."""
+    """Tell whether the tokenizer is Lite-Hybrid: coarse discrete levels in front of the continuous one."""
     return config.tokenizer.name == "lite_hybrid"
+
+
+def has_continuous(config: Config) -> bool:
+    """Tell whether the last level is continuous."""
+    return config.tokenizer.name != "vqvae"
 
 
 def coarse_grids(config: Config) -> tuple[int, ...]:
     """Return the sides of the discrete levels, coarsest first; empty without any."""
+    if config.tokenizer.name in ("vqvae", "hart"):
+        return config.tokenizer.vqvae.scales
     return config.tokenizer.coarse.grids if has_coarse(config) else ()
 
 
-def levels(config: Config) -> tuple[LevelSpec, ...]:
-    """Return the levels in the order they are drawn: coarse grids, then fine tokens of patch_size² latent pixels."""
-    vae, patch = config.tokenizer.vae, config.generator.patch_size
+def tokenizer_levels(config: Config) -> tuple[LevelSpec, ...]:
+    """Return the levels a tokenizer makes, in the order they are drawn."""
     grids = coarse_grids(config)
-    names = ["coarse"] if len(grids) == 1 else [f"coarse_{grid}" for grid in grids]
-    sizes = [
-        LevelSpec(name, grid, "discrete", config.tokenizer.coarse.codes)
-        for name, grid in zip(names, grids, strict=True)
-    ]
-    fine = LevelSpec("fine", latent_grid(config) // patch, "continuous", vae.latent_channels * patch**2)
-    return (*sizes, fine)
+    if has_coarse(config):
+        names = ["coarse"] if len(grids) == 1 else [f"coarse_{grid}" for grid in grids]
+        codes = config.tokenizer.coarse.codes
+    else:
+        names, codes = [f"scale_{grid}" for grid in grids], config.tokenizer.vqvae.codes
+    sizes = [LevelSpec(name, grid, "discrete", codes) for name, grid in zip(names, grids, strict=True)]
+    if has_continuous(config):
+        name = "residual" if config.tokenizer.name == "hart" else "fine"
+        sizes.append(LevelSpec(name, latent_grid(config), "continuous", latent_channels(config)))
+    return tuple(sizes)
+
+
+def levels(config: Config) -> tuple[LevelSpec, ...]:
+    """Return the levels the generator draws: continuous tokens are patches of patch_size² latent pixels."""
+    return tuple(generator_level(level, config.generator.patch_size) for level in tokenizer_levels(config))
+
+
+def generator_level(level: LevelSpec, patch_size: int) -> LevelSpec:
+    """Return a level as the generator sees it: continuous ones joined into patches."""
+    if level.kind == "discrete":
+        return level
+    return LevelSpec(level.name, level.grid // patch_size, "continuous", level.size * patch_size**2)
+
+
+def steps_limit(config: Config, level: LevelSpec) -> int:
+    """Return the largest sensible number of backbone passes for a level as the generator sees it."""
+    if config.generator.backbone.name == "dit":
+        return config.generator.diffusion.train_steps
+    return 1 if config.generator.backbone.name == "next_scale" else level.tokens
+
+
+def level_steps(config: Config, coarse_steps: int = 0, fine_steps: int = 0) -> tuple[int, ...]:
+    """Return backbone passes a level, coarsest first: the given numbers, or where they are 0 the generator's own."""
+    generator = config.generator
+    if generator.backbone.name == "next_scale":
+        return (1,) * len(tokenizer_levels(config))
+    discrete, continuous = coarse_steps or generator.coarse.steps, fine_steps or generator.fine.steps
+    return tuple(discrete if level.kind == "discrete" else continuous for level in tokenizer_levels(config))
 
 
 def tokens_per_level(config: Config) -> dict[str, int]:

@@ -68,7 +68,8 @@ def listing() -> str:
 
 
 def _known() -> list[Path]:
-    return [path for path in sorted(_FOLDER.glob("*.py")) if not path.name.startswith("_")]
+    found = [*sorted(_FOLDER.glob("*.py")), *sorted(_FOLDER.glob("studies/*.py"))]
+    return [path for path in found if not path.name.startswith("_")]
 
 
 def _execute(path: Path) -> ModuleType:
@@ -77,15 +78,16 @@ def _execute(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file; a config file ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    # A config file may share pieces with its neighbours by plain imports.
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
+    # A config file may share pieces with its neighbours, and with those of the folder above, by plain imports.
+    folders = [str(folder) for folder in path.resolve().parents[:2]]
+    sys.path[:0] = folders
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(_blame(path, error)) from error
     finally:
-        sys.path.remove(folder)
+        for folder in folders:
+            sys.path.remove(folder)
     return module
 
 

@@ -138,11 +138,41 @@ class TokenizerLossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """The tokenizer: LiteVAE alone, or Lite-Hybrid on top of it."""
+class KLVAEConfig:
+    """The convolutional autoencoders of the published systems: KL-16 (MAR, EAR) and Stable Diffusion's KL-f8 (DiT)."""
 
-    name: str = key("lite_hybrid", "tokenizer", choices=("lite_hybrid", "lite_vae"))
+    channels: int = key(128, "base channels", low=1)
+    multipliers: tuple[int, ...] = key((1, 1, 2, 2, 4), "channel multipliers from the image side inwards")
+    blocks: int = key(2, "residual blocks per encoder level; the decoder has one more", low=1, high=16)
+    latent_channels: int = key(16, "channels of the latent", low=1, high=1024)
+    encoder_attention: bool = key(True, "attention after each block of the encoder's last level, besides the middle")
+    decoder_attention: bool = key(False, "attention after each block of the decoder's first level, besides the middle")
+
+
+@dataclasses.dataclass(frozen=True)
+class VQVAEConfig:
+    """The multi-scale vector-quantised autoencoder of VAR, and of HART with its continuous residual."""
+
+    channels: int = key(160, "base channels", low=1)
+    multipliers: tuple[int, ...] = key((1, 1, 2, 2, 4), "channel multipliers from the image side inwards")
+    blocks: int = key(2, "residual blocks per encoder level; the decoder has one more", low=1, high=16)
+    latent_channels: int = key(32, "channels of the latent and of a code", low=1, high=1024)
+    codes: int = key(4096, "codebook size", low=2, high=1 << 20)
+    scales: tuple[int, ...] = key((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), "sides of the scales, coarsest first")
+    residual_convolutions: int = key(4, "convolutions shared by the scales; 0 = one of its own for each", low=0)
+    residual_ratio: float = key(0.5, "weight of the convolution in each scale's residual map", low=0.0, high=1.0)
+    use_cosine: bool = key(False, "choose codes by cosine instead of distance")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: the project's own (lite_*) or one of the published systems'."""
+
+    name: str = key("lite_hybrid", "tokenizer", choices=("lite_hybrid", "lite_vae", "kl_vae", "vqvae", "hart"))
+    source: str = key("", "model folder whose tokenizer is taken as it is; empty = train one")
     vae: LiteVAEConfig = group(LiteVAEConfig)
+    kl_vae: KLVAEConfig = group(KLVAEConfig)
+    vqvae: VQVAEConfig = group(VQVAEConfig)
     coarse: CoarseConfig = group(CoarseConfig)
     fine: FineConfig = group(FineConfig)
     fusion: str = key(
@@ -175,13 +205,24 @@ class LevelConfig:
 class BackboneConfig:
     """The transformer that turns tokens into hidden states."""
 
-    name: str = key("masked", "backbone", choices=("masked",))
+    name: str = key(
+        "masked",
+        "masked (EAR, Lite-Hybrid) | mar (encoder and decoder) | next_scale (VAR) | dit (diffusion of the whole map)",
+        choices=("masked", "mar", "next_scale", "dit"),
+    )
     width: int = key(768, "channels of the residual stream", low=8)
-    depth: int = key(24, "transformer blocks", low=1)
+    depth: int = key(24, "transformer blocks; those of the decoder in mar", low=1)
+    encoder_depth: int = key(12, "mar: blocks of the encoder", low=1)
     heads: int = key(12, "attention heads", low=1)
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the width", above=0.0)
     dropout: float = key(0.1, "dropout after attention and in the MLP", low=0.0, below=1.0)
     class_tokens: int = key(64, "copies of the class embedding in front of the sequence", low=1)
+    drop_path: float = key(
+        0.0, "next_scale: drop rate of the last block's branches, growing linearly", low=0.0, below=1.0
+    )
+    gate_init: float = key(1e-3, "next_scale: initial scale of the gates of attention and MLP", above=0.0)
+    use_unit_attention: bool = key(True, "next_scale: unit-length queries and keys with a learned scale a head")
+    use_shared_modulation: bool = key(False, "next_scale: one modulation for all blocks, with an offset a block")
     use_scan: bool = key(True, "run the blocks by lax.scan (compile time flat in depth)")
     use_remat: bool = key(False, "recompute activations in the backward pass")
 
@@ -199,6 +240,20 @@ class EnergyHeadConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """Gaussian diffusion: MAR's head for continuous tokens, or the process of a dit backbone."""
+
+    width: int = key(1024, "head: width of the MLP", low=1)
+    depth: int = key(6, "head: residual blocks", low=1)
+    train_steps: int = key(1000, "steps of the trained process", low=2)
+    schedule: str = key("cosine", "noise schedule", choices=("cosine", "linear"))
+    sample_steps: int = key(100, "head: denoising steps a token, evenly respaced", low=1)
+    repeats: int = key(4, "head: independent time steps a token and update", low=1, high=64)
+    sampler: str = key("ddpm", "dit: ancestral or deterministic steps", choices=("ddpm", "ddim"))
+    guided_channels: int = key(3, "dit: latent channels that guidance acts on, the first n; 0 = all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class SoftmaxHeadConfig:
     """The head for discrete tokens."""
 
@@ -210,7 +265,9 @@ class GeneratorConfig:
     """Backbone, heads and what the generator learns at each level."""
 
     backbone: BackboneConfig = group(BackboneConfig)
+    continuous_head: str = key("energy", "head of continuous levels", choices=("energy", "diffusion"))
     energy: EnergyHeadConfig = group(EnergyHeadConfig)
+    diffusion: DiffusionConfig = group(DiffusionConfig)
     softmax: SoftmaxHeadConfig = group(SoftmaxHeadConfig)
     patch_size: int = key(1, "side of the squares of latent pixels that make one fine token", low=1, high=16)
     label_drop: float = key(0.1, "probability that a training image loses its label", low=0.0, high=1.0)
@@ -234,11 +291,14 @@ class TrainingConfig:
     )
     warmup_epochs: float = key(0.0, "linear warm-up, in epochs", low=0.0)
     warmup_steps: int = key(0, "linear warm-up, in updates", low=0)
-    schedule: str = key("constant", "learning rate after warm-up", choices=("constant", "cosine"))
-    final_learning_rate_ratio: float = key(0.0, "end of the cosine, as a fraction of the peak", low=0.0, high=1.0)
+    warmup_start_ratio: float = key(0.0, "learning rate at the first update over the peak", low=0.0, high=1.0)
+    schedule: str = key("constant", "learning rate after warm-up", choices=("constant", "cosine", "linear"))
+    hold_fraction: float = key(0.0, "linear: part of the run after warm-up that stays at the peak", low=0.0, below=1.0)
+    final_learning_rate_ratio: float = key(0.0, "end of the cosine or line over the peak", low=0.0, high=1.0)
     beta1: float = key(0.9, "Adam's first decay", low=0.0, below=1.0)
     beta2: float = key(0.95, "Adam's second decay", low=0.0, below=1.0)
     weight_decay: float = key(0.02, "decoupled weight decay of matrices", low=0.0)
+    final_weight_decay: float = key(-1.0, "weight decay at the end, reached on a cosine; -1 = no change", low=-1.0)
     clip_norm: float = key(3.0, "global gradient norm limit; 0 = none", low=0.0)
     head_learning_rate_multiplier: float = key(1.0, "learning rate of the head's matrices over the rest", above=0.0)
     final_phase_epochs: float = key(0.0, "length of the last phase, in epochs", low=0.0)
@@ -268,19 +328,59 @@ class SampleConfig:
     guidance_scale: float = key(1.0, "1 = off; h = s * conditional + (1 - s) * unconditional", low=0.0)
     guidance_schedule: str = key("linear", "how guidance grows over a level's steps", choices=("constant", "linear"))
     temperature: float = key(1.0, "tau_infer: scales the shift that noise adds in the energy head", low=0.0)
-    coarse_temperature: float = key(1.0, "softmax temperature of the coarse level", low=0.0)
+    coarse_temperature: float = key(1.0, "softmax temperature of discrete levels", low=0.0)
+    top_k: int = key(0, "next_scale: draw among the k most likely codes; 0 = all", low=0)
+    top_p: float = key(
+        0.0, "next_scale: draw among the most likely codes that hold this probability; 0 = all", low=0.0, high=1.0
+    )
     format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"))
+
+
+SAMPLE_METRICS = (
+    "fd",
+    "sfid",
+    "inception_score",
+    "kid",
+    "precision_recall",
+    "density_coverage",
+    "class_accuracy",
+    "diversity",
+)
+"""What can be measured of samples; each needs what its network and reference hold."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What --task=evaluate measures."""
+    """What --task=evaluate measures, and on what."""
 
-    samples: int = key(1_000, "images drawn for the class accuracy", low=1)
+    images: str = key("", "folder of images or .npz (arr_0) to score instead of a model")
+    features: str = key(
+        "auto",
+        "network of the Fréchet distance; auto = inception where its weights are (path or cache), else classifier",
+        choices=("auto", "classifier", "inception"),
+    )
+    inception_weights: str = key("", "file with the Inception network of FID; empty = the cache, or download once")
+    lpips_weights: str = key("", "file with VGG16 and LPIPS; 'download' = the cache, or download; empty = no LPIPS")
+    reference: str = key("", "statistics of the real images (.npz); empty = made from the data as config.stats says")
+    metrics: str = key("all", f"what is measured of samples, with commas between: {', '.join(SAMPLE_METRICS)}, or all")
+    samples: int = key(1_000, "images drawn", low=1)
     reconstructions: int = key(1_000, "held-out images reconstructed", low=1)
+    batch_size: int = key(128, "images that the feature network sees at a time", low=1)
+    knn_samples: int = key(10_000, "features kept for what compares neighbours or pairs", low=2)
+    every_steps: int = key(0, "steps between scores while the generator trains; 0 = none", low=0)
+    every_samples: int = key(500, "images drawn for each of those scores", low=2)
     classifier_steps: int = key(400, "updates of the judging classifier", low=1)
     classifier_batch_size: int = key(128, "batch size of the judging classifier", low=1)
     classifier_channels: int = key(16, "base channels of the judging classifier", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StatsConfig:
+    """The reference that samples are compared with: what --task=stats writes, or evaluate makes where none is given."""
+
+    split: str = key("train", "images the statistics are of", choices=("train", "eval"))
+    images: int = key(0, "number of images, drawn from all of the split; 0 = all", low=0)
+    name: str = key("", "the file is WORKDIR/stats_<name>.npz; empty = source, size and split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,9 +405,43 @@ class MeshConfig:
 class BenchConfig:
     """What --task=bench times."""
 
+    what: str = key(
+        "stages", "a model's stages, or the compilation of a recipe's programs", choices=("stages", "compile")
+    )
     batch_size: int = key(4, "images per call", low=1)
     warmup_repeats: int = key(3, "untimed calls", low=1)
     repeats: int = key(20, "timed calls", low=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What --task=convert reads and writes."""
+
+    checkpoint: str = key(
+        "", "file with the generator's weights, or the tokenizer's where that is all: .safetensors, .pth, .pt, .ckpt"
+    )
+    tokenizer: str = key("", "file with the tokenizer's weights, or a model folder that holds it")
+    weights: str = key(
+        "auto", "table inside the file, for example model_ema; auto prefers averaged weights, or takes the only one"
+    )
+    to: str = key(
+        "ear_jax",
+        "ear_jax writes a model folder; torch writes the family's own names and layouts",
+        choices=("ear_jax", "torch"),
+    )
+    layout: str = key("reference", "names of a KL autoencoder's arrays", choices=("reference", "diffusers"))
+    class_names: str = key("", "text file with one class name a line; empty = the numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """What --task=study compares; the files of configs/studies/ set it."""
+
+    name: str = key("", "study", choices=("", "fidelity", "end_to_end", "ablation"))
+    arms: tuple[str, ...] = key((), "arms to run; none named: all of the study")
+    seeds: tuple[int, ...] = key((0, 1, 2), "seed of each repetition")
+    samples: int = key(1_200, "images drawn for each setting", low=2)
+    passes: tuple[int, ...] = key((1, 2, 4, 8, 16), "backbone passes that each level is swept over")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,5 +458,8 @@ class Config:
     generator_training: TrainingConfig = group(TrainingConfig)
     sample: SampleConfig = group(SampleConfig)
     evaluate: EvaluateConfig = group(EvaluateConfig)
+    stats: StatsConfig = group(StatsConfig)
     mesh: MeshConfig = group(MeshConfig)
     bench: BenchConfig = group(BenchConfig)
+    convert: ConvertConfig = group(ConvertConfig)
+    study: StudyConfig = group(StudyConfig)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from ear_jax.config import derive
-from ear_jax.config.schema import Config, TrainingConfig
+from ear_jax.config.schema import SAMPLE_METRICS, Config, TrainingConfig
 from ear_jax.config.suggest import closest
 
 
@@ -33,6 +33,7 @@ def cross_faults(config: Config) -> list[Fault]:
         *_training("generator_training", config.generator_training),
         *_tokenizer_phases(config),
         *_sampling(config),
+        *_evaluation(config),
         *_mesh(config),
     ]
 
@@ -82,16 +83,33 @@ def _data(config: Config) -> Iterator[Fault]:
 
 
 def _tokenizer(config: Config) -> Iterator[Fault]:
-    vae, data = config.tokenizer.vae, config.data
+    data, path = config.data, derive.downsampling_path(config)
     factor = derive.downsampling(config)
-    grid_paths = ("data.image_px", "tokenizer.vae.wavelet_levels")
+    grid_paths = ("data.image_px", path)
     if data.image_px % factor:
         fitting = max(factor, data.image_px // factor * factor)
+        why = (
+            "2**config.tokenizer.vae.wavelet_levels" if config.tokenizer.name in derive.LITE else f"what config.{path}"
+        )
         yield Fault(
-            f"config.data.image_px={data.image_px} is not a multiple of {factor} = "
-            f"2**config.tokenizer.vae.wavelet_levels; use {fitting} px or fewer wavelet levels.",
+            f"config.data.image_px={data.image_px} is not a multiple of {factor} = {why}"
+            + (
+                f"; use {fitting} px or fewer wavelet levels."
+                if config.tokenizer.name in derive.LITE
+                else f" halves; use {fitting} px or fewer multipliers."
+            ),
             grid_paths,
         )
+    if config.tokenizer.name in derive.LITE:
+        yield from _lite(config)
+    else:
+        yield from _published(config)
+    if derive.has_coarse(config) and not data.image_px % factor:
+        yield from _hybrid(config, grid_paths)
+
+
+def _lite(config: Config) -> Iterator[Fault]:
+    vae = config.tokenizer.vae
     decoder_levels = vae.wavelet_levels + (vae.decoder_output == "image")
     if len(vae.decoder_multipliers) != decoder_levels:
         yield Fault(
@@ -105,16 +123,36 @@ def _tokenizer(config: Config) -> Iterator[Fault]:
         ("tokenizer.vae.decoder_multipliers", vae.decoder_multipliers),
         ("tokenizer.fine.multipliers", config.tokenizer.fine.multipliers),
     ):
-        if not multipliers or min(multipliers) < 1:
-            yield Fault(f"config.{path}={_tuple(multipliers)} must hold one or more integers >= 1.", (path,))
+        yield from _multipliers(path, multipliers)
     if any(vae.decoder_channels * multiplier % vae.conv_groups for multiplier in vae.decoder_multipliers):
         yield Fault(
             f"config.tokenizer.vae.conv_groups={vae.conv_groups} does not divide every decoder width "
             f"(decoder_channels={vae.decoder_channels} times {_tuple(vae.decoder_multipliers)}).",
             ("tokenizer.vae.conv_groups", "tokenizer.vae.decoder_channels", "tokenizer.vae.decoder_multipliers"),
         )
-    if derive.has_coarse(config) and not data.image_px % factor:
-        yield from _hybrid(config, grid_paths)
+
+
+def _published(config: Config) -> Iterator[Fault]:
+    tokenizer = config.tokenizer
+    group = "kl_vae" if tokenizer.name == "kl_vae" else "vqvae"
+    own = getattr(tokenizer, group)
+    yield from _multipliers(f"tokenizer.{group}.multipliers", own.multipliers)
+    if group == "vqvae":
+        path, latent = "tokenizer.vqvae.scales", derive.latent_grid(config)
+        paths = (path, "data.image_px", "tokenizer.vqvae.multipliers")
+        if not own.scales or not _increase(own.scales):
+            yield Fault(f"config.{path}={_tuple(own.scales)} must be positive and increase.", (path,))
+        elif own.scales[-1] != latent:
+            yield Fault(
+                f"config.{path}={_tuple(own.scales)} ends at {own.scales[-1]}, but the latent grid is {latent} "
+                f"({config.data.image_px} px / {derive.downsampling(config)}); the last scale must be the whole grid.",
+                paths,
+            )
+
+
+def _multipliers(path: str, multipliers: tuple[int, ...]) -> Iterator[Fault]:
+    if not multipliers or min(multipliers) < 1:
+        yield Fault(f"config.{path}={_tuple(multipliers)} must hold one or more integers >= 1.", (path,))
 
 
 def _hybrid(config: Config, grid_paths: tuple[str, ...]) -> Iterator[Fault]:
@@ -190,30 +228,35 @@ def _generator(config: Config) -> Iterator[Fault]:
             ("generator.backbone.width", "generator.backbone.heads"),
         )
     latent = derive.latent_grid(config)
-    grid_paths = ("data.image_px", "tokenizer.vae.wavelet_levels", "generator.patch_size")
-    if latent < 1 or latent % patch:
+    grid_paths = ("data.image_px", derive.downsampling_path(config), "generator.patch_size")
+    if latent < 1 or (latent % patch and derive.has_continuous(config)):
         yield Fault(
             f"config.generator.patch_size={patch} does not divide the latent grid of {latent} "
             f"({config.data.image_px} px / {derive.downsampling(config)}).",
             grid_paths,
         )
         return
-    level_paths = (*grid_paths, "tokenizer.coarse.grids", "tokenizer.name")
+    yield from _family(config)
+    level_paths = (*grid_paths, "tokenizer.coarse.grids", "tokenizer.name", "generator.backbone.name")
     grids = derive.coarse_grids(config)
-    wanted = [
-        ("generator.fine.steps", config.generator.fine.steps, (latent // patch) ** 2),
-        ("sample.fine_steps", config.sample.fine_steps, (latent // patch) ** 2),
-    ]
-    if grids and _increase(grids):
-        coarse_tokens = min(grids) ** 2
+    wanted = []
+    if derive.has_continuous(config):
+        fine = derive.steps_limit(config, derive.levels(config)[-1])
         wanted += [
-            ("generator.coarse.steps", config.generator.coarse.steps, coarse_tokens),
-            ("sample.coarse_steps", config.sample.coarse_steps, coarse_tokens),
+            ("generator.fine.steps", config.generator.fine.steps, fine),
+            ("sample.fine_steps", config.sample.fine_steps, fine),
         ]
-    for path, steps, tokens in wanted:
-        if steps > max(tokens, 1):
+    if derive.has_coarse(config) and grids and _increase(grids):
+        coarse = min(grids) ** 2
+        wanted += [
+            ("generator.coarse.steps", config.generator.coarse.steps, coarse),
+            ("sample.coarse_steps", config.sample.coarse_steps, coarse),
+        ]
+    what = "diffusion steps" if backbone.name == "dit" else "tokens"
+    for path, steps, limit in wanted:
+        if steps > max(limit, 1):
             yield Fault(
-                f"config.{path}={steps} is more than the level's {tokens} tokens; use at most {tokens}.",
+                f"config.{path}={steps} is more than the level's {limit} {what}; use at most {limit}.",
                 (path, *level_paths),
             )
     for level in ("coarse", "fine"):
@@ -221,6 +264,37 @@ def _generator(config: Config) -> Iterator[Fault]:
         if plan.mask_ratio == "truncated_normal" and plan.mask_ratio_low >= 1:
             path = f"generator.{level}.mask_ratio_low"
             yield Fault(f"config.{path}={plan.mask_ratio_low} leaves nothing to draw from; use less than 1.", (path,))
+
+
+def _family(config: Config) -> Iterator[Fault]:
+    """Backbones that need levels of a certain kind."""
+    backbone, tokenizer = config.generator.backbone.name, config.tokenizer.name
+    paths = ("generator.backbone.name", "tokenizer.name")
+    if backbone == "next_scale" and tokenizer not in ("vqvae", "hart"):
+        yield Fault(
+            "config.generator.backbone.name=next_scale draws the scales of config.tokenizer.name=vqvae, "
+            f"not {tokenizer}.",
+            paths,
+        )
+    if backbone in ("dit", "mar") and tokenizer not in ("lite_vae", "kl_vae"):
+        yield Fault(
+            f"config.generator.backbone.name={backbone} models one continuous level; config.tokenizer.name={tokenizer} "
+            "has others; use kl_vae or lite_vae.",
+            paths,
+        )
+    diffusion, passes = config.generator.diffusion, config.sample.fine_steps or config.generator.fine.steps
+    if backbone == "dit" and diffusion.sampler == "ddim" and not _has_stride(passes, diffusion.train_steps):
+        yield Fault(
+            f"{passes} ddim steps have no whole stride through {diffusion.train_steps} trained ones; use a divisor "
+            "such as 50, 100 or 250, or config.generator.diffusion.sampler=ddpm.",
+            ("generator.fine.steps", "sample.fine_steps", "generator.diffusion.sampler"),
+        )
+    steps, trained = config.generator.diffusion.sample_steps, config.generator.diffusion.train_steps
+    if steps > trained:
+        yield Fault(
+            f"config.generator.diffusion.sample_steps={steps} is more than train_steps={trained}.",
+            ("generator.diffusion.sample_steps", "generator.diffusion.train_steps"),
+        )
 
 
 def _training(group: str, training: TrainingConfig) -> Iterator[Fault]:
@@ -266,6 +340,26 @@ def _sampling(config: Config) -> Iterator[Fault]:
         )
 
 
+def _evaluation(config: Config) -> Iterator[Fault]:
+    settings = config.evaluate
+    names = [name.strip() for name in settings.metrics.split(",")]
+    known = ("all", *SAMPLE_METRICS)
+    for name in names:
+        if name not in known:
+            guess = closest(name, known)
+            hint = f" Did you mean {guess[0]!r}?" if guess else ""
+            yield Fault(
+                f"config.evaluate.metrics={settings.metrics!r}: {name!r} is not measured. "
+                f"Known: {', '.join(known)}.{hint}",
+                ("evaluate.metrics",),
+            )
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*", config.stats.name):
+        yield Fault(
+            f"config.stats.name={config.stats.name!r} must be letters, digits, '_', '-' and '.', as it names a file.",
+            ("stats.name",),
+        )
+
+
 def _mesh(config: Config) -> Iterator[Fault]:
     sides = dataclasses.asdict(config.mesh)
     paths = tuple(f"mesh.{name}" for name in sides)
@@ -276,6 +370,10 @@ def _mesh(config: Config) -> Iterator[Fault]:
             )
     if list(sides.values()).count(-1) > 1:
         yield Fault("config.mesh: only one of data, fsdp and tensor can be -1 (all that are left).", paths)
+
+
+def _has_stride(steps: int, trained: int) -> bool:
+    return any(len(range(0, trained, stride)) == steps for stride in range(1, trained + 1))
 
 
 def _increase(grids: tuple[int, ...]) -> bool:

@@ -13,6 +13,7 @@ from ear_jax.config.suggest import closest
 _INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _LARGEST_INTEGER = 2**63 - 1
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_LISTS = {int: "a list of integers such as (1,2)", str: "a list of names such as (a,b)"}
 
 
 class ValueFault(Exception):
@@ -23,10 +24,10 @@ def check(leaf: Leaf, value: Any) -> Any:
     """Return `value` as the key's type, or raise ValueFault. Integers are accepted for numbers, lists for tuples."""
     kind = leaf.kind
     if get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list):
-            raise ValueFault(f"is {_described(value)}, expected a list of integers such as (1,2)")
         element = get_args(kind)[0]
-        checked: Any = tuple(_typed(element, item, "a list of integers such as (1,2)") for item in value)
+        if not isinstance(value, tuple | list):
+            raise ValueFault(f"is {_described(value)}, expected {_LISTS[element]}")
+        checked: Any = tuple(_typed(element, item, _LISTS[element]) for item in value)
     else:
         checked = _typed(kind, value, _NAMES[kind])
     _check_range(leaf, checked)
@@ -46,7 +47,7 @@ def parse(leaf: Leaf, text: str) -> Any:
         if items and not items[-1]:
             items.pop()
         element = get_args(kind)[0]
-        return check(leaf, tuple(_parse_scalar(element, item, "a list of integers such as (1,2)") for item in items))
+        return check(leaf, tuple(_parse_scalar(element, item, _LISTS[element]) for item in items))
     return check(leaf, _parse_scalar(kind, text.strip(), _NAMES[kind]))
 
 
@@ -55,7 +56,8 @@ def describe_range(leaf: Leaf) -> str:
     metadata = leaf.metadata
     if choices := metadata.get("choices"):
         return "one of " + ", ".join(choices)
-    words = "a list of integers" if get_origin(leaf.kind) is tuple else _NAMES[leaf.kind]
+    is_list = get_origin(leaf.kind) is tuple
+    words = _LISTS[get_args(leaf.kind)[0]].partition(" such")[0] if is_list else _NAMES[leaf.kind]
     bounds = [
         f"{sign} {_plain(metadata[name])}"
         for name, sign in (("above", ">"), ("low", ">="), ("below", "<"), ("high", "<="))
@@ -90,6 +92,8 @@ def _hint(kind: Any, value: Any) -> str:
 
 
 def _parse_scalar(kind: Any, text: str, expected: str) -> Any:
+    if kind is str:
+        return text
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

@@ -5,12 +5,38 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
+from ear_jax.errors import PreemptedError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def restartable() -> Iterator[None]:
+    """Turn a SIGTERM outside a training loop into PreemptedError: what is done so far stands, a restart goes on.
+
+    For work whose files appear whole or can be continued. Only in one process; several have JAX's own handler.
+    """
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise PreemptedError(
+            f"{signal.Signals(number).name}: stopped; finished stages and batches are kept. "
+            "Start the same command again to go on."
+        )
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopSignal(contextlib.AbstractContextManager):

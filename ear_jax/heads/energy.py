@@ -112,12 +112,22 @@ class EnergyHead(nnx.Module):
         rng: jax.Array,
         controls: dict[str, jax.Array] | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Energy loss averaged over the masked tokens; `controls["train_temperature"]` is tau_train (default 1)."""
+        """Return `loss_at` for fresh noise; `controls["train_temperature"]` is tau_train (default 1)."""
         temperature = controls["train_temperature"] if controls else 1.0
-        count = self.repeats * self.samples
+        shape = (self.repeats * self.samples, *hidden.shape[:2], self.noise_channels)
+        return self.loss_at(hidden, target, mask, jax.random.uniform(rng, shape) - 0.5, temperature)
+
+    def loss_at(
+        self,
+        hidden: Float[Array, "B N E"],
+        target: Float[Array, "B N D"],
+        mask: Bool[Array, "B N"],
+        noise: Float[Array, "P B N Z"],
+        temperature: Float[Array, ""] | float = 1.0,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Energy loss averaged over groups and masked tokens; P = repeats * samples, one group after the other."""
         projected = self.project(hidden)
-        noise = jax.random.uniform(rng, (count, *hidden.shape[:2], self.noise_channels)) - 0.5
-        draws = self.draw(jnp.broadcast_to(projected, (count, *projected.shape)), noise)
+        draws = self.draw(jnp.broadcast_to(projected, (len(noise), *projected.shape)), noise)
         groups = draws.reshape(self.repeats, self.samples, *target.shape)
         score = jax.vmap(lambda g: energy_score(g, target, alpha=self.alpha, temperature=temperature))(groups).mean(0)
         weight = mask.astype(jnp.float32)

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ear_jax.nn.linear import Linear
+from ear_jax.nn.linear import XAVIER, Linear
 from ear_jax.types import Metrics
 
 
@@ -23,11 +23,12 @@ class SoftmaxHead(nnx.Module):
         width: int,
         vocabulary: int,
         label_smoothing: float = 0.0,
+        kernel_init: jax.nn.initializers.Initializer = XAVIER,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.label_smoothing = label_smoothing
-        self.logits = Linear(width, vocabulary, dtype=dtype, rngs=rngs)
+        self.logits = Linear(width, vocabulary, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
 
     def predict(self, hidden: Float[Array, "B N E"]) -> Float[Array, "B N V"]:
         """Return float32 logits."""

@@ -23,7 +23,7 @@ def compose(
     name = str(config_dict.get("name", "model"))
     lines = [f"# {name}", ""]
     kind = "class-conditional image generator" if "generator" in tensors else "image tokenizer"
-    lines += [f"An `ear_jax` {kind} for {len(class_names)} classes{_image_side(config_dict)}.", ""]
+    lines += [f"An `ear_jax` {kind}{_classes(class_names)}{_image_side(config_dict)}.", ""]
     if has_picture:
         lines += ["![samples](samples.png)", ""]
     lines += ["## Parts", ""]
@@ -63,3 +63,7 @@ def _loading(has_generator: bool) -> list[str]:
     if has_generator:
         return [*lines, "images = model.sample(labels=[0, 0, 0, 0], seed=0)", 'save_grid("grid.png", images)']
     return [*lines, "tokens = model.encode(images)", 'save_grid("grid.png", model.decode(tokens))']
+
+
+def _classes(class_names: Sequence[str]) -> str:
+    return f" for {len(class_names)} classes" if class_names else ""

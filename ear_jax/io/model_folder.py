@@ -19,10 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 from jaxtyping import UInt8
 
 from ear_jax.errors import ConfigError, DataError, StorageError
+from ear_jax.io import safetensors_file
 from ear_jax.io.atomic import write_bytes
 from ear_jax.io.model_card import compose
 from ear_jax.io.pictures import save_grid
@@ -73,7 +73,8 @@ def write(
     Args:
         path: The folder; an older model folder there is replaced, anything else is refused.
         config_dict: The resolved config as JSON-safe values.
-        tensors: By part (`tokenizer`, `generator`) and flat name; floats must be finite.
+        tensors: By part (`tokenizer`, `generator`) and flat name; floats must be finite. A mapping may make its arrays
+            when they are asked for: each is asked for twice and not kept.
         class_names: Names by class id.
         card_facts: Sections of card.md: title to a text, or to a table as a mapping (see `model_card.compose`).
         picture: A finished grid, or images to arrange; None leaves samples.png out.
@@ -86,13 +87,13 @@ def write(
     fresh, old = _sibling(target, "writing"), _sibling(target, "replaced")
     if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
         raise StorageError(f"{target} exists and is not a model folder; move it away or choose another path.")
-    for part, named in tensors.items():
-        _check_finite(named, f"part {part!r} of the model to be saved")
+    described = {part: _check_finite(own, f"part {part!r} of the model to be saved") for part, own in tensors.items()}
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         files = {
-            f"{part}.safetensors": _write_tensors(fresh / f"{part}.safetensors", tensors[part]) for part in tensors
+            f"{part}.safetensors": safetensors_file.write(fresh / f"{part}.safetensors", own, like=described[part])
+            for part, own in tensors.items()
         }
         document = {
             "format": _FORMAT,
@@ -103,7 +104,7 @@ def write(
             "config": dict(config_dict),
         }
         write_bytes(fresh / "config.json", (json.dumps(document, indent=1) + "\n").encode())
-        card = compose(config_dict, tensors, class_names, card_facts, has_picture=picture is not None)
+        card = compose(config_dict, described, class_names, card_facts, has_picture=picture is not None)
         write_bytes(fresh / "card.md", card.encode("utf-8", "backslashreplace"))
         if picture is not None:
             _save_picture(fresh / "samples.png", picture)
@@ -182,13 +183,6 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_tensors(path: Path, named: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    # safetensors writes the buffer as it lies in memory, so strided views must be copied first.
-    blob = safetensors.numpy.save({name: np.array(value, order="C") for name, value in named.items()})
-    write_bytes(path, blob)
-    return {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest(), "tensors": len(named)}
-
-
 def _read_tensors(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     advice = "copy the folder again or restore it from a backup"
     if not path.is_file():
@@ -235,11 +229,15 @@ def _read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def _check_finite(named: Mapping[str, np.ndarray], where: str) -> None:
+def _check_finite(named: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """Raise DataError for values that are not finite; return arrays of the same shapes that take no memory."""
+    described = {}
     for name, value in named.items():
         # Wide enough for bfloat16, whose kind numpy does not call floating.
-        if value.dtype.kind in "fV" and not np.isfinite(value.astype(np.float32)).all():
+        if value.dtype.kind in "fV" and not np.isfinite(value.astype(np.float32, copy=False)).all():
             raise DataError(f"Tensor {name!r} in {where} holds values that are not finite; this model is not usable.")
+        described[name] = np.broadcast_to(np.empty((), value.dtype), value.shape)
+    return described
 
 
 def _save_picture(path: Path, picture: np.ndarray) -> None:

@@ -124,6 +124,15 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", plain).strip("-.")[:40] or "class"
 
 
+def clear_images(folder: str | os.PathLike[str]) -> None:
+    """Delete the images that an earlier `save_images` left in a folder, and nothing else.
+
+    Fewer new images than old ones would otherwise leave a mixture of two models.
+    """
+    for path in Path(folder).glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png"):
+        path.unlink(missing_ok=True)
+
+
 def save_images(
     folder: str | os.PathLike[str],
     images: AnyImages,

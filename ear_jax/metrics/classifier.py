@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from ear_jax.metrics.degradations import DEGRADATIONS, degrade, flip_some
 from ear_jax.types import Batch
 
-_LEAST_SIDE_PX = 16
+LEAST_SIDE_PX = 16
 _LAST_GRID = 4
 _LABEL_SMOOTHING = 0.05
 _PEAK_LEARNING_RATE = 4e-3
@@ -52,8 +52,8 @@ class Classifier(nnx.Module):
         Raises:
             ValueError: The images are smaller than 16 pixels.
         """
-        if image_px < _LEAST_SIDE_PX:
-            raise ValueError(f"image_px={image_px}; the classifier needs at least {_LEAST_SIDE_PX}.")
+        if image_px < LEAST_SIDE_PX:
+            raise ValueError(f"image_px={image_px}; the classifier needs at least {LEAST_SIDE_PX}.")
         self.classes, self.channels, self.image_px = classes, channels, image_px
         rngs = nnx.Rngs(seed)
         grid, width = image_px // 2, channels

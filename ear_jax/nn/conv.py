@@ -18,7 +18,7 @@ def convolution(
     kernel: int = 3,
     stride: int = 1,
     groups: int = 1,
-    padding: str = "SAME",
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME",
     kernel_init: Initializer = FAN_IN,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,

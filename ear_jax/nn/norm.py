@@ -17,10 +17,13 @@ def group_count(channels: int, *, limit: int = 32, smallest: int = 4) -> int:
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation with a learned scale and bias, epsilon 1e-6."""
+    """Group normalisation with a learned scale and bias, epsilon 1e-6.
 
-    def __init__(self, channels: int, *, dtype: DTypeLike = jnp.float32):
-        self.groups = group_count(channels)
+    `groups` must divide the channels; without it `group_count` chooses.
+    """
+
+    def __init__(self, channels: int, *, groups: int | None = None, dtype: DTypeLike = jnp.float32):
+        self.groups = groups or group_count(channels)
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))

@@ -13,7 +13,7 @@ from ear_jax.nn.norm import GroupNorm
 class SpatialAttention(nnx.Module):
     """Residual attention over all h*w pixels; logits and softmax are float32.
 
-    `use_norm` normalises the input by groups; `zero_output` starts the block as the identity.
+    `use_norm` normalises the input by groups (`norm_groups` if given); `zero_output` starts the block as the identity.
     """
 
     def __init__(
@@ -21,11 +21,12 @@ class SpatialAttention(nnx.Module):
         channels: int,
         *,
         use_norm: bool = True,
+        norm_groups: int | None = None,
         zero_output: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.norm = GroupNorm(channels, dtype=dtype) if use_norm else None
+        self.norm = GroupNorm(channels, groups=norm_groups, dtype=dtype) if use_norm else None
         self.query_key_value = convolution(channels, 3 * channels, kernel=1, dtype=dtype, rngs=rngs)
         output_init = ZEROS if zero_output else FAN_IN
         self.output = convolution(channels, channels, kernel=1, kernel_init=output_init, dtype=dtype, rngs=rngs)

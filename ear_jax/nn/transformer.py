@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ear_jax.nn.attention import SelfAttention
 from ear_jax.nn.dropout import dropout
@@ -35,10 +35,16 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(width, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width=width, hidden=int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
-        """Apply the block; with `rng`, apply dropout."""
+    def __call__(
+        self,
+        hidden_BLE: Float[Array, "B L E"],
+        rng: jax.Array | None = None,
+        visible_BL: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """Apply the block; with `rng`, apply dropout; with `visible_BL`, attend to those positions alone."""
         first, second = (None, None) if rng is None else jax.random.split(rng)
-        hidden_BLE = hidden_BLE + self.attention(self.attention_norm(hidden_BLE), first).astype(hidden_BLE.dtype)
+        attended_BLE = self.attention(self.attention_norm(hidden_BLE), first, visible_BL)
+        hidden_BLE = hidden_BLE + attended_BLE.astype(hidden_BLE.dtype)
         return hidden_BLE + self.mlp(self.mlp_norm(hidden_BLE), second).astype(hidden_BLE.dtype)
 
 
@@ -68,14 +74,19 @@ class Transformer(nnx.Module):
 
         self.blocks = nnx.vmap(make)(jax.random.split(rngs.params(), depth))
 
-    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
-        """Run all blocks; with `rng`, each layer gets its own dropout key."""
+    def __call__(
+        self,
+        hidden_BLE: Float[Array, "B L E"],
+        rng: jax.Array | None = None,
+        visible_BL: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """Run all blocks; with `rng`, each layer gets its own dropout key; `visible_BL` as in `SelfAttention`."""
         graphdef, stacked = nnx.split(self.blocks)
         keys = None if rng is None else jax.random.split(rng, self.depth)
 
         def body(hidden: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
             weights, key = layer
-            return nnx.merge(graphdef, weights)(hidden, key), None
+            return nnx.merge(graphdef, weights)(hidden, key, visible_BL), None
 
         if self.use_remat:
             body = jax.checkpoint(body, prevent_cse=not self.use_scan)

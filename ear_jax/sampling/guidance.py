@@ -2,11 +2,15 @@
 
 One convention for every head: `guidance_scale` s gives s * conditional + (1 - s) * unconditional. s = 1 is no
 guidance, s = 0 is unconditional. EAR and MAR state the same scale; VAR's and HART's t is s = 1 + t. Heads say what
-is mixed (`guides`): hidden states before the head (energy) or logits (softmax).
+is mixed (`guides`): hidden states before the head (energy), logits (softmax), or the noise that the head predicts at
+each of its own steps (`score`, diffusion).
 """
+
+from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 SCHEDULES = ("linear", "constant")
@@ -17,6 +21,11 @@ def mix(
 ) -> Float[Array, "*shape"]:
     """Return s * conditional + (1 - s) * unconditional."""
     return guidance_scale * conditional + (1 - guidance_scale) * unconditional
+
+
+def at_step(guidance_scale: ArrayLike, share: ArrayLike) -> Any:
+    """Return the scale of a step that uses this share of the guidance."""
+    return 1.0 + (guidance_scale - 1.0) * share
 
 
 def growth(masked_after: np.ndarray, tokens: int, schedule: str) -> np.ndarray:

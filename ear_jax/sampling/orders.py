@@ -1,5 +1,7 @@
 """Random orders and masks: which tokens of a level are hidden, in training and along sampling."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -14,6 +16,11 @@ def random_ranks(keys_B: jax.Array, tokens: int) -> Int[Array, "B N"]:
 def mask_first(ranks_BN: Int[Array, "B N"], count: Int[Array, "*b"]) -> Bool[Array, "B N"]:
     """Mask the first `count` tokens of each order; `count` is a scalar or one number an image."""
     return ranks_BN < jnp.reshape(count, (-1, 1))
+
+
+def least_masked(tokens: int, distribution: str, low: float) -> int:
+    """Return the smallest number of masked tokens that `training_counts` draws; what is visible is bounded by it."""
+    return tokens if distribution == "full" else max(1, math.ceil(tokens * low))
 
 
 def training_counts(
@@ -46,4 +53,4 @@ def training_counts(
         raise ValueError(f"mask ratio {distribution!r} is unknown; known: truncated_normal, uniform, cosine, full")
     is_full_B = jax.random.uniform(full_rng, (batch,)) < full_probability
     count_B = jnp.ceil(tokens * jnp.where(is_full_B, 1.0, ratio_B)).astype(jnp.int32)
-    return jnp.clip(count_B, 1, tokens)
+    return jnp.clip(count_B, least_masked(tokens, distribution, low), tokens)

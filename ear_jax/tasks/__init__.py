@@ -13,6 +13,10 @@ TASKS = {
     "evaluate": "ear_jax.tasks.evaluate",
     "show": "ear_jax.tasks.show",
     "bench": "ear_jax.tasks.bench",
+    "study": "ear_jax.tasks.study",
+    "convert": "ear_jax.tasks.convert",
+    "stats": "ear_jax.tasks.stats",
+    "check": "ear_jax.tasks.check",
 }
 """Name on the command line -> module."""
 
@@ -26,5 +30,9 @@ SUMMARIES = {
     "evaluate": "measure reconstructions and samples",
     "show": "print the resolved config, parameters, tokens, FLOPs and memory",
     "bench": "time each stage of sampling",
+    "study": "compare arms with seeds: tables, plots, verdicts",
+    "convert": "turn published weights into a model folder, or back",
+    "stats": "compute reference statistics of a data set",
+    "check": "run every part once for real and say what holds",
 }
 """One line a task, for --help."""

@@ -1,47 +1,56 @@
 """Time each stage of the model by itself: encode, each level, decode, and label to image as a whole."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from ear_jax import pipeline
+from ear_jax import build, pipeline
+from ear_jax.bench.compile_time import print_compile, time_compile
+from ear_jax.bench.pipeline_stages import DECODE, ENCODE, LABEL_TO_IMAGE, PipelineStages
 from ear_jax.bench.stages import print_stages, time_stages
-from ear_jax.config.schema import Config, SampleConfig
-from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_level
+from ear_jax.config.derive import StageLengths, tokenizer_levels
+from ear_jax.config.schema import Config
+from ear_jax.nn.functional import functional
+from ear_jax.nn.keys import Keys
+from ear_jax.sampling.loop import SamplingPlan, image_keys
 from ear_jax.tasks.sample import steps_of_levels
+from ear_jax.training.optim import make_optimizer, resolve
+from ear_jax.training.state import create_state
+from ear_jax.training.step import make_train_step
+from ear_jax.types import TokenizerSpec
+
+CLASSES = 1000
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     """Time the model of `model` or of the workdir and print a table.
 
     A level is timed with its earlier levels given, so the stages of generation add up to `label to image` less the
-    call's own cost; encoding is no part of generation.
+    call's own cost; encoding is no part of generation. Families that do not draw level by level from masks are timed
+    as a whole. With `config.bench.what=compile` no model is needed: the programs of the configuration are compiled and
+    not run.
     """
+    if config.bench.what == "compile":
+        compile_programs(config)
+        return
     loaded = pipeline.load(model or workdir)
     settings, count, sampling = config.bench, config.bench.batch_size, config.sample
-    steps_L = steps_of_levels(config, loaded)
-    images = np.zeros((count, loaded.spec.image_px, loaded.spec.image_px, 3), np.uint8)
-    tokens = loaded.encode(images)
-    stages: dict[str, Callable[[], Any]] = {"encode": lambda: loaded.encode(images)}
-    if loaded.generator is not None:
+    steps_L = steps_of_levels(config)
+    made = PipelineStages(loaded, sampling, steps_L)
+    side = loaded.spec.image_px
+    around = made.of_round_trip(np.zeros((count, side, side, 3), np.uint8))
+    stages: dict[str, Callable[[], Any]] = {ENCODE: around[ENCODE].call}
+    if loaded.generator is None:
+        stages[DECODE] = around[DECODE].call
+    else:
         labels = np.arange(count) % len(loaded.class_names)
-        levels = loaded.generator.merge(loaded.generator_arrays, loaded.generator_arrays).to_levels(tokens)
-        for index, level in enumerate(loaded.spec.levels):
-            stages[level.name] = _level(loaded, sampling, steps_L, levels[:index], labels)
-    stages["decode"] = lambda: loaded.decode(tokens)
-    if loaded.generator is not None:
-        stages["label to image"] = lambda: loaded.sample(
-            labels,
-            steps=steps_L,
-            guidance_scale=sampling.guidance_scale,
-            guidance_schedule=sampling.guidance_schedule,
-            temperature=sampling.temperature,
-            coarse_temperature=sampling.coarse_temperature,
-            batch_size=count,
-        )
+        stages |= {name: stage.call for name, stage in made.of_generation(labels).items()}
+        stages[LABEL_TO_IMAGE] = lambda: made.sample(labels)
     timings = time_stages(stages, warmup_repeats=settings.warmup_repeats, repeats=settings.repeats)
     steps = ", ".join(f"{level.name} in {number}" for level, number in zip(loaded.spec.levels, steps_L, strict=True))
     print_stages(timings, count)
@@ -52,32 +61,41 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     )
 
 
-def _level(
-    loaded: pipeline.Pipeline,
-    sampling: SampleConfig,
-    steps_L: tuple[int, ...],
-    context: tuple[jax.Array, ...],
-    labels: np.ndarray,
-) -> Callable[[], Any]:
-    """Return a call that draws one level after the given ones."""
-    generator = loaded.generator
-    assert generator is not None
-    plan = SamplingPlan(steps_L, sampling.guidance_scale != 1.0, sampling.guidance_schedule)
-    is_discrete = loaded.spec.levels[len(context)].kind == "discrete"
+def compile_programs(config: Config) -> None:
+    """Compile the generator's sampler and train step for `config.bench.batch_size` images; print how long it took."""
+    spec = TokenizerSpec(config.data.image_px, tokenizer_levels(config))
+    generator = nnx.eval_shape(lambda: build.build_generator(config, spec, CLASSES, rngs=Keys(0)))
+    static, parameters, rest = functional(generator)
+    count, sample, training = config.bench.batch_size, config.sample, config.generator_training
+    labels = jax.ShapeDtypeStruct((count,), np.int32)
+    plan = SamplingPlan(steps_of_levels(config), sample.guidance_scale != 1.0, sample.guidance_schedule)
+    draw = build.sampler(config)
+    scales = {name: np.float32(1) for name in ("guidance_scale", "temperature", "coarse_temperature")}
 
-    @jax.jit
-    def program(arrays: Any, context: Any, labels_B: jax.Array, scale: jax.Array, temperature: jax.Array) -> jax.Array:
-        return sample_level(
-            generator.merge(arrays, arrays),
-            context,
-            labels_B,
-            image_keys(0, jnp.arange(len(labels))),
-            steps=plan.steps[len(context)],
-            plan=plan,
-            guidance_scale=scale,
-            temperature=temperature,
-        )
+    def generate(parameters: Any, rest: Any, labels_B: Any, scales: Any) -> Any:
+        keys_B = image_keys(0, jnp.arange(count))
+        return draw(static.merge(parameters, rest), labels_B, keys_B, plan, **scales)
 
-    scale = jnp.float32(sampling.guidance_scale)
-    temperature = jnp.float32(sampling.coarse_temperature if is_discrete else sampling.temperature)
-    return lambda: program(loaded.generator_arrays, context, jnp.asarray(labels), scale, temperature)
+    recipe = resolve(training, StageLengths(1000, 0, 0), undecayed=build.undecayed(config))
+    optimizer = make_optimizer(recipe)
+    state = jax.eval_shape(lambda p, r: create_state(p, r, optimizer), parameters, rest)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in _cached_batch(spec, count).items()}
+    step = make_train_step(static, optimizer, recipe)
+    print_compile(
+        [
+            time_compile("sampler", generate, parameters, rest, labels, scales),
+            time_compile("train step", step, state, batch, jax.eval_shape(lambda: jax.random.key(0))),
+        ]
+    )
+    name = f"{config.name}: {sum(math.prod(leaf.shape) for leaf in parameters.values()) / 1e6:.1f} M parameters"
+    print(f"{name}, batch {count} on {jax.devices()[0].device_kind}", flush=True)
+
+
+def _cached_batch(spec: TokenizerSpec, count: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    batch: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((count,), np.int32), "index": ((count,), np.int64)}
+    for number, level in enumerate(spec.levels):
+        if level.kind == "discrete":
+            batch[f"level_{number}"] = ((count, level.tokens), np.int32)
+        else:
+            batch["mean"] = batch["std"] = ((count, level.tokens, level.size), np.float32)
+    return batch

@@ -1,7 +1,8 @@
-"""Measure a run on what needs no download: reconstruction PSNR, and whether samples show the requested class."""
+"""Measure a model, reconstructions and samples, and write the numbers with all that they depend on."""
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,143 +10,221 @@ import numpy as np
 
 from ear_jax import pipeline
 from ear_jax.config.schema import Config
-from ear_jax.data.loader import Loader, eval_batches
-from ear_jax.data.sources import digest_of, open_split
+from ear_jax.data.sources import SplitSource, digest_of, open_split
+from ear_jax.data.subset import Subset
 from ear_jax.errors import ConfigError
 from ear_jax.io import model_folder
 from ear_jax.io.workdir import write_json
-from ear_jax.metrics.classifier import accuracy, predict, train_classifier, trust_report
-from ear_jax.metrics.classifier_store import load_or_train
+from ear_jax.metrics.classifier import trust_report
+from ear_jax.metrics.collapse import collapse_alarm
+from ear_jax.metrics.feature_weights import lpips_weights
+from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork
+from ear_jax.metrics.reconstruction_scorer import Distance, ReconstructionScorer
+from ear_jax.metrics.reference import Reference
+from ear_jax.metrics.sample_scorer import SampleScorer
+from ear_jax.metrics.score_types import Reconstructions, Scores, ScoreSettings
+from ear_jax.nn.functional import functional
+from ear_jax.nn.perceptual import PerceptualDistance
+from ear_jax.tasks.drawn import drawn_batches, sampling_protocol
+from ear_jax.tasks.evaluate_images import evaluate_images
+from ear_jax.tasks.evaluation_report import judge_protocol, report
+from ear_jax.tasks.references import (
+    chosen_network,
+    open_classifier,
+    open_network,
+    open_reference,
+    score_settings,
+    source_batches,
+)
 from ear_jax.tasks.sample import steps_of_levels
 from ear_jax.tasks.session import Session, fingerprint, open_session
-from ear_jax.tasks.tokenizer import reconstruction_psnr
+from ear_jax.tasks.streams import measure_streams
+from ear_jax.types import Tokens
+
+FIRST_SAMPLE = 1 << 20
+"""Number of the first sample that is scored: none of those that `--task=sample` draws."""
+
+TRUST_IMAGES = 1_000
+JUDGED = ("class_accuracy",)
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
-    """Evaluate `model`, or the model of the workdir, and write `WORKDIR/evaluation.json`."""
+    """Evaluate `config.evaluate.images`, else `model`, else the model of the workdir."""
     with open_session(config, workdir) as session:
-        evaluate(session, model=model)
+        if config.evaluate.images:
+            evaluate_images(session)
+        else:
+            evaluate(session, model=model)
 
 
 def evaluate(session: Session, *, model: str | None = None) -> None:
-    """Write `evaluation.json` with every number and what it depends on; skipped when nothing has changed.
+    """Write `evaluation.json`: reconstructions, samples, and how far the judge can be trusted.
 
-    Samples are judged by a small classifier trained on the real images with noise, blur and block noise; its own
-    accuracy on held-out images, clean and degraded, stands beside the result. This is no FID.
+    Skipped when nothing has changed. Whatever network the distances use, samples are also judged by a small classifier
+    trained on the real images with noise, blur and block noise; its own accuracy stands beside the result.
+
+    Raises:
+        ConfigError: the model knows other classes than the data.
+        DataError: weights, reference or images cannot be used.
     """
     config, workdir = session.config, session.workdir
     chosen = model or workdir.model("generator")
-    made_from = digest_of(
-        fingerprint(config, "generator"),
-        (model_folder.find(chosen) / "config.json").read_bytes(),  # holds the hashes of the weights
-        dataclasses.astuple(config.sample),
-        dataclasses.astuple(config.evaluate),
-    )
+    weights = digest_of((model_folder.find(chosen) / "config.json").read_bytes())  # holds the hashes of the weights
+    made_from = digest_of(fingerprint(config, "generator"), weights, *_dependencies(config))
     if workdir.is_complete("evaluation", made_from=made_from):
         session.say(f"evaluation  complete in {workdir.evaluation}")
-        _print(session, json.loads(workdir.evaluation.read_text()))
+        report(session, json.loads(workdir.evaluation.read_text()))
         return
     loaded = pipeline.load(chosen)
-    held_out = open_split(config.data, "eval", seed=config.seed)
-    result: dict[str, Any] = {
-        "psnr_db": reconstruction_psnr(
-            loaded.tokenizer, loaded.tokenizer_arrays, held_out, config, limit=config.evaluate.reconstructions
-        )
-    }
-    settings = config.evaluate
-    classes = len(loaded.class_names)
     train = open_split(config.data, "train", seed=config.seed)
-    if train.class_names != loaded.class_names:
+    held_out = open_split(config.data, "eval", seed=config.seed)
+    is_numbered = loaded.class_names == tuple(map(str, range(len(train.class_names))))
+    if train.class_names != loaded.class_names and not is_numbered:
         raise ConfigError(
             f"{chosen} knows {len(loaded.class_names)} classes ({', '.join(loaded.class_names[:5])} …), but "
             f"config.data.source={config.data.source} has {len(train.class_names)} "
             f"({', '.join(train.class_names[:5])} …). Evaluate on the data that the model was trained on."
         )
-    steps_L = steps_of_levels(config, loaded)
-    size = min(settings.classifier_batch_size, len(train))
-
-    def train_judge() -> Any:
-        loader = Loader(train, batch_size=size, seed=config.seed + 1, decode_threads=config.data.decode_threads)
-        try:
-            return train_classifier(
-                loader,
-                classes,
-                steps=settings.classifier_steps,
-                channels=settings.classifier_channels,
-                seed=config.seed,
-                image_px=config.data.image_px,
-                use_flip=config.data.use_flip,
-            )
-        finally:
-            loader.close()
-
-    judge = load_or_train(
-        workdir.stage("evaluation"),
-        classes=classes,
-        channels=settings.classifier_channels,
-        image_px=config.data.image_px,
-        made_from=digest_of(train.digest, settings.classifier_steps, size, config.seed, config.data.use_flip),
-        train=train_judge,
-    )
-    images, labels = _collect(held_out, min(1000, len(held_out)))
-    result["classifier"] = trust_report(judge, images, labels)
-    decoded = np.concatenate([loaded.decode(loaded.encode(chunk)) for chunk in _chunks(images)])
-    result["class_accuracy_reconstructions"] = accuracy(judge, decoded, labels)
-    wanted = np.arange(settings.samples) % classes
-    drawn = loaded.sample(
-        wanted,
-        seed=config.sample.seed,
-        start_index=1 << 20,
-        guidance_scale=config.sample.guidance_scale,
-        guidance_schedule=config.sample.guidance_schedule,
-        temperature=config.sample.temperature,
-        coarse_temperature=config.sample.coarse_temperature,
-        batch_size=config.sample.batch_size,
-        steps=steps_L,
-    )
-    found = predict(judge, drawn)
-    result["class_accuracy_samples"] = float((found == wanted).mean())
-    result["class_accuracy_by_class"] = {
-        loaded.class_names[index]: float((found[wanted == index] == index).mean()) for index in np.unique(wanted)
-    }
-    result["protocol"] = {
-        "judge": f"residual classifier, {settings.classifier_steps} updates on {config.data.source}, "
-        f"seed {config.seed}",
-        "samples": settings.samples,
-        "reconstructions": min(settings.reconstructions, len(held_out)),
-        "weights": "moving average",
-        "steps": list(steps_L),
-        "guidance_scale": config.sample.guidance_scale,
-        "temperature": config.sample.temperature,
-        "seed": config.sample.seed,
-        "jax": jax.__version__,
+    judge = open_classifier(session, train)
+    network = open_network(session, judge)
+    reference = open_reference(session, network, train)
+    trust, warnings = _trust(judge, held_out, config)
+    if is_numbered and train.class_names != loaded.class_names:
+        warnings.append("The model numbers its classes: they are taken to be the data's, in their order.")
+    lpips, lpips_digest = _lpips(config)
+    reconstructed = _reconstructions(loaded, network, judge, reference, held_out, config, lpips)
+    scores, judged = _samples(loaded, network, judge, reference, config, weights)
+    streams = measure_streams(loaded, held_out, config)
+    parts = {f"reconstructions ({name})": part for name, part in reconstructed.items()} | {"samples": scores}
+    warnings += [f"{what}: {warning}" for what, part in parts.items() for warning in part.warnings]
+    result = {
+        "psnr_db": {name: part.values["psnr"] for name, part in reconstructed.items()},
+        "classifier": trust,
+        "class_accuracy_reconstructions": reconstructed["full"].values["class_accuracy"],
+        "class_accuracy_samples": judged.values["class_accuracy"],
+        "class_accuracy_by_class": {loaded.class_names[label]: right for label, right in judged.by_class.items()},
+        "scores": scores.values,
+        "reconstruction_scores": {name: part.values for name, part in reconstructed.items()},
+        "streams": {} if streams is None else dataclasses.asdict(streams),
+        "warnings": warnings,
+        "collapse": [*reconstructed["full"].alarms, *scores.alarms, *collapse_alarm(streams=streams)],
+        "protocol": {
+            "judge": judge_protocol(config),
+            "judge_weights_sha256": judge.digest,
+            "lpips_weights_sha256": lpips_digest,
+            "samples": config.evaluate.samples,
+            "reconstructions": min(config.evaluate.reconstructions, len(held_out)),
+            "weights": "moving average",
+            "steps": list(steps_of_levels(config)),
+            **{name: getattr(config.sample, name) for name in ("guidance_scale", "temperature", "coarse_temperature")},
+            **{name: getattr(config.sample, name) for name in ("top_k", "top_p", "seed")},
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "scores": scores.protocol,
+            "reconstruction_scores": reconstructed["full"].protocol,
+        },
     }
     if session.is_first:
         write_json(workdir.evaluation, result)
         workdir.mark_complete("evaluation", made_from=made_from)
     session.ledger.event("evaluation", stage="generator", **result)
-    _print(session, result)
+    report(session, result)
 
 
-def _print(session: Session, result: dict[str, Any]) -> None:
-    for name, value in result["psnr_db"].items():
-        session.say(f"evaluation  PSNR {name} {value:.2f} dB (held out)")
-    judged = ", ".join(f"{name.removeprefix('accuracy_')} {value:.1%}" for name, value in result["classifier"].items())
-    session.say(f"evaluation  judge on held-out images: {judged}")
-    reconstructions, samples = result["class_accuracy_reconstructions"], result["class_accuracy_samples"]
-    session.say(f"evaluation  class accuracy: reconstructions {reconstructions:.1%}, samples {samples:.1%}")
+def _samples(
+    loaded: pipeline.Pipeline,
+    network: FeatureNetwork,
+    judge: ClassifierFeatures,
+    reference: Reference,
+    config: Config,
+    weights: str,
+) -> tuple[Scores, Scores]:
+    """Return the scores in the chosen network and the judge's, which are the same ones where that is the judge."""
+    settings = score_settings(config)
+    if network is judge and settings.metrics:
+        settings = dataclasses.replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *JUDGED))))
+    scorers = [SampleScorer(network, reference, settings=settings)]
+    if network is not judge:
+        scorers.append(SampleScorer(judge, None, settings=ScoreSettings(JUDGED)))
+    for batch in drawn_batches(loaded, config, count=config.evaluate.samples, first=FIRST_SAMPLE):
+        for scorer in scorers:
+            scorer.update(batch)
+    sampling = sampling_protocol(loaded, config, weights, use_ema=True)
+    found = [scorer.scores(sampling=sampling) for scorer in scorers]
+    return found[0], found[-1]
 
 
-def _collect(source: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = [], []
-    for batch in eval_batches(source, min(256, len(source))):
-        valid = batch["index"] >= 0
-        images.append(batch["image"][valid])
-        labels.append(batch["label"][valid])
-        if sum(map(len, images)) >= count:
-            break
-    return np.concatenate(images)[:count], np.concatenate(labels)[:count]
+def _reconstructions(
+    loaded: pipeline.Pipeline,
+    network: FeatureNetwork,
+    judge: ClassifierFeatures,
+    reference: Reference,
+    held_out: SplitSource,
+    config: Config,
+    lpips: Distance | None,
+) -> dict[str, Scores]:
+    """Return the scores of held-out images from all tokens and, where there are two kinds, from the discrete ones."""
+    images = Subset(held_out, config.evaluate.reconstructions, seed=config.seed)
+    sizes = [level.size for level in loaded.spec.levels if level.kind == "discrete"]
+    scorers = {"full": ReconstructionScorer(network, lpips=lpips, codebook_sizes=sizes, reference=reference)}
+    if 0 < len(sizes) < len(loaded.spec.levels):
+        scorers["coarse"] = ReconstructionScorer(network)
+    judging = scorers["full"]
+    if network is not judge:
+        judging = ReconstructionScorer(judge, settings=ScoreSettings(JUDGED))
+    for batch in source_batches(images, config):
+        tokens = loaded.encode(batch.images)
+        codes = tuple(np.asarray(level) for level in tokens.levels if level.ndim == 2)
+        full = Reconstructions(batch.images, loaded.decode(tokens), batch.labels, codes, batch.numbers)
+        scorers["full"].update(full)
+        if judging is not scorers["full"]:
+            judging.update(full)
+        if "coarse" in scorers:
+            decoded = loaded.decode(Tokens(tokens.levels[: len(codes)]))
+            scorers["coarse"].update(full._replace(images=decoded, codes=()))
+    source = f"{len(images)} held-out images of {config.data.source}"
+    found = {name: scorer.scores(source=source, source_digest=images.digest) for name, scorer in scorers.items()}
+    if network is not judge:
+        found["full"].values["class_accuracy"] = judging.scores().values["class_accuracy"]
+    return found
 
 
-def _chunks(images: np.ndarray) -> list[np.ndarray]:
-    return [images[start : start + 256] for start in range(0, len(images), 256)]
+def _lpips(config: Config) -> tuple[Distance | None, str]:
+    """Return LPIPS as one program, and the digest of its weights; nothing where none were given."""
+    path = config.evaluate.lpips_weights
+    if not path:
+        return None, ""
+    weights = lpips_weights("" if path == "download" else path)
+    static, parameters, frozen = functional(PerceptualDistance(weights.arrays))
+    arrays = {**parameters, **frozen}
+    compiled = jax.jit(lambda arrays, images, originals: static.merge(arrays, arrays)(images, originals))
+    return lambda images, originals: compiled(arrays, images, originals), weights.digest
+
+
+def _trust(judge: ClassifierFeatures, held_out: SplitSource, config: Config) -> tuple[dict[str, float], list[str]]:
+    """Return the judge's accuracy on held-out images, clean and degraded, and what to beware of."""
+    batches = list(source_batches(Subset(held_out, TRUST_IMAGES, seed=config.seed), config))
+    labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None])
+    trust = trust_report(judge.classifier, np.concatenate([batch.images for batch in batches]), labels)
+    warnings, worst = [], min(trust.values())
+    if judge.classes == 1:
+        warnings.append(
+            "The data has one class: the judging classifier learns nothing from it, so its features and accuracy mean "
+            "nothing. Use --config.evaluate.features=inception."
+        )
+    elif worst < 0.5 * (1 + 1 / judge.classes):
+        warnings.append(
+            f"The judging classifier is right on {trust['accuracy_clean']:.1%} of clean and {worst:.1%} of the worst "
+            "degraded held-out images: its distances and class accuracies cannot be trusted beyond that. Raise "
+            "config.evaluate.classifier_steps or classifier_channels."
+        )
+    return trust, warnings
+
+
+def _dependencies(config: Config) -> tuple[Any, ...]:
+    """Return everything that an evaluation depends on, beside the model and its data."""
+    settings = dataclasses.replace(config.evaluate, every_steps=0, every_samples=2)
+    files = [Path(path) for path in (settings.reference, settings.inception_weights, settings.lpips_weights) if path]
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    groups = (config.sample, settings, config.stats)
+    return chosen_network(config), stamps, *(dataclasses.astuple(group) for group in groups)

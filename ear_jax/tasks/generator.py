@@ -16,9 +16,11 @@ from ear_jax.data.loader import Loader
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
 from ear_jax.io import model_folder, pictures
+from ear_jax.nn.functional import Arrays
 from ear_jax.nn.keys import Keys
 from ear_jax.pipeline import Pipeline
 from ear_jax.tasks.session import Session, open_session
+from ear_jax.tasks.training_scores import TrainingScores
 from ear_jax.training.loop import StageRun, train
 from ear_jax.training.optim import resolve
 from ear_jax.training.state import TrainState
@@ -72,12 +74,17 @@ def train_generator(session: Session) -> None:
             pictures.save_grid(folder / "samples_without_averaging.png", drawn["params"], columns=columns)
         return {f"samples_{kind}": pictures.grid(images, columns) for kind, images in drawn.items()}
 
+    frozen = build.frozen_arrays(config, tokenizer)
+
+    def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
+        return parameters, {**rest, **frozen}
+
     stage = StageRun(
         stage="generator",
         config_name=config.name,
         config_dict=strict.to_dict(config),
         settings=settings,
-        recipe=resolve(settings, stage_lengths(settings, len(source))),
+        recipe=resolve(settings, stage_lengths(settings, len(source)), undecayed=build.undecayed(config)),
         create=lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
         loader=loader,
         mesh=session.mesh,
@@ -86,6 +93,9 @@ def train_generator(session: Session) -> None:
         ledger=session.ledger,
         tensorboard_folder=workdir.tensorboard,
         grid=grid,
+        overwrite=take_over,
+        score=TrainingScores(session, pipeline) if config.evaluate.every_steps else None,
+        score_every_steps=config.evaluate.every_steps,
     )
     try:
         _, state = train(stage)

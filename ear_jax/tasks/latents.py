@@ -95,4 +95,6 @@ def cache_latents(session: Session) -> None:
 
 def _named(posterior: Posterior) -> dict[str, jax.Array]:
     named = {f"level_{number}": ids for number, ids in enumerate(posterior.discrete)}
+    if posterior.mean is None or posterior.std is None:
+        return named
     return named | {"mean": posterior.mean, "std": posterior.std}

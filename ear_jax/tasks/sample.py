@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ear_jax import pipeline
+from ear_jax.config.derive import level_steps
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from ear_jax.io import pictures
@@ -33,6 +34,8 @@ def sample(config: Config, model: str, folder: Path) -> None:
     if not len(chosen):
         raise ConfigError("config.sample.labels names no class; expected at least one id.")
     labels = np.resize(chosen, settings.count)
+    if settings.format == "png":
+        pictures.clear_images(folder)
     shown: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     done = 0
@@ -40,7 +43,7 @@ def sample(config: Config, model: str, folder: Path) -> None:
         for ids, images in loaded.sample_batches(
             labels,
             seed=settings.seed,
-            steps=steps_of_levels(config, loaded),
+            steps=steps_of_levels(config),
             guidance_scale=settings.guidance_scale,
             guidance_schedule=settings.guidance_schedule,
             temperature=settings.temperature,
@@ -64,8 +67,6 @@ def sample(config: Config, model: str, folder: Path) -> None:
     print(f"samples     {done} images in {folder}, the first {len(first)} in grid.png", flush=True)
 
 
-def steps_of_levels(config: Config, loaded: pipeline.Pipeline) -> tuple[int, ...]:
+def steps_of_levels(config: Config) -> tuple[int, ...]:
     """Return passes a level: the sampling keys, or where they are 0 the generator's own."""
-    own, generator = config.sample, config.generator
-    discrete, continuous = own.coarse_steps or generator.coarse.steps, own.fine_steps or generator.fine.steps
-    return tuple(discrete if level.kind == "discrete" else continuous for level in loaded.spec.levels)
+    return level_steps(config, config.sample.coarse_steps, config.sample.fine_steps)

@@ -15,6 +15,7 @@ from ear_jax.config.schema import Config
 from ear_jax.data.sources import digest_of
 from ear_jax.distributed import process
 from ear_jax.distributed.mesh import make_mesh
+from ear_jax.distributed.stop_signal import restartable
 from ear_jax.errors import ConfigError
 from ear_jax.io.workdir import Workdir, read_json, write_json
 from ear_jax.training.ledger import Ledger
@@ -137,5 +138,6 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
             for note in notes:
                 print(note, flush=True)
             write_json(workdir.config, strict.to_dict(config))
+        stack.enter_context(restartable())
         ledger = stack.enter_context(Ledger(workdir.root, workdir.run_id, enabled=is_first))
         yield Session(config, workdir, ledger, mesh)

@@ -11,11 +11,12 @@ from flax import nnx
 
 from ear_jax import build
 from ear_jax.bench.flops import count_equations, count_flops
+from ear_jax.config.derive import generator_level, level_steps
 from ear_jax.config.leaves import flatten
 from ear_jax.config.schema import Config
 from ear_jax.nn.functional import Arrays, functional
 from ear_jax.nn.keys import Keys
-from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
+from ear_jax.sampling.loop import SamplingPlan, image_keys
 from ear_jax.training.start_report import readable_count
 from ear_jax.types import TokenizerSpec, Tokens
 
@@ -49,11 +50,11 @@ def _print_config(config: Config) -> None:
 def _print_levels(config: Config, spec: TokenizerSpec) -> None:
     print("\nLevels, in the order they are drawn")
     patch = config.generator.patch_size
-    for level, own in zip(spec.levels, build.level_configs(config, spec), strict=True):
-        seen = build.generator_level(level, patch)
+    for level, steps in zip(spec.levels, level_steps(config), strict=True):
+        seen = generator_level(level, patch)
         what = f"{seen.size} codes" if seen.kind == "discrete" else f"{seen.size} channels"
         tokens = f"{seen.grid} x {seen.grid} = {seen.tokens} {seen.kind} tokens"
-        print(f"  {level.name:<10} {tokens}, {what}, {own.steps} passes")
+        print(f"  {level.name:<10} {tokens}, {what}, {steps} passes")
 
 
 def _print_parameters(name: str, module: nnx.Module) -> None:
@@ -71,13 +72,14 @@ def _print_parameters(name: str, module: nnx.Module) -> None:
 def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective: Any) -> None:
     images = jax.ShapeDtypeStruct((1, spec.image_px, spec.image_px, 3), jnp.uint8)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    continuous = next(level for level in spec.levels if level.kind == "continuous")
     tokens: dict[str, Any] = {
         f"level_{number}": jax.ShapeDtypeStruct((1, level.tokens), jnp.int32)
         for number, level in enumerate(level for level in spec.levels if level.kind == "discrete")
     }
-    shape = jax.ShapeDtypeStruct((1, continuous.tokens, continuous.size), jnp.float32)
-    tokens |= {"mean": shape, "std": shape, "label": label, "index": label}
+    for level in spec.levels:
+        if level.kind == "continuous":
+            tokens["mean"] = tokens["std"] = jax.ShapeDtypeStruct((1, level.tokens, level.size), jnp.float32)
+    tokens |= {"label": label, "index": label}
     print("\nTraining")
     print(f"  {'':<10} {'GFLOP an image':>15} {'state':>11} {'activations an image':>21} {'batch':>7}")
     for name, module, batch, training in (
@@ -99,14 +101,14 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
     static_t, parameters_t, rest_t = functional(objective.tokenizer)
     static_g, parameters_g, rest_g = functional(generator)
     plan = SamplingPlan(
-        tuple(own.steps for own in build.level_configs(config, spec)),
+        level_steps(config),
         config.sample.guidance_scale != 1.0,
         config.sample.guidance_schedule,
     )
 
     def generate(parameters: Arrays, rest: Arrays, labels: jax.Array) -> Any:
         model = static_g.merge(parameters, rest)
-        levels = sample_levels(
+        levels = build.sampler(config)(
             model,
             labels,
             image_keys(0, jnp.arange(1)),

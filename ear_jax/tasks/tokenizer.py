@@ -17,6 +17,8 @@ from ear_jax.data.quarantine import write_quarantine
 from ear_jax.data.sources import open_split
 from ear_jax.distributed.process import to_host
 from ear_jax.io import model_folder, pictures
+from ear_jax.io.tensor_names import check
+from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
 from ear_jax.metrics.reconstruction import psnr
 from ear_jax.nn.functional import Arrays, Functional, functional
 from ear_jax.nn.keys import Keys
@@ -43,6 +45,9 @@ def train_tokenizer(session: Session) -> None:
         session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
         return
     session.begin("tokenizer")
+    if config.tokenizer.source:
+        adopt_tokenizer(session)
+        return
     source = open_split(config.data, "train", seed=config.seed)
     held_out = open_split(config.data, "eval", seed=config.seed)
     for note in source.notes:
@@ -113,6 +118,30 @@ def train_tokenizer(session: Session) -> None:
     session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **_times(stage))
 
 
+def adopt_tokenizer(session: Session) -> None:
+    """Put the tokenizer of `config.tokenizer.source` into the run as it is.
+
+    Raises:
+        ConfigError: that folder holds no tokenizer, or one of another architecture than this configuration's.
+    """
+    config, workdir = session.config, session.workdir
+    found = model_folder.read(config.tokenizer.source)
+    _, parameters, rest = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))))
+    expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in {**parameters, **rest}.items()}
+    check(found.tensors.get("tokenizer", {}), expected, f"the tokenizer of {config.tokenizer.source}")
+    source = open_split(config.data, "train", seed=config.seed)
+    if session.is_first:
+        model_folder.write(
+            workdir.model("tokenizer"),
+            strict.to_dict(config),
+            {"tokenizer": found.tensors["tokenizer"]},
+            source.class_names,
+            {"Origin": {"taken from": str(config.tokenizer.source)}},
+        )
+    session.say(f"tokenizer   taken from {config.tokenizer.source}")
+    session.mark_complete("tokenizer", data_digest=source.digest)
+
+
 def to_float(images: Any) -> jax.Array:
     """Turn uint8 images into float32 in [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
@@ -124,28 +153,25 @@ def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Con
     Measured over up to 10,000 training images, posterior noise included, so that tokens leave with unit scale.
     """
 
-    @jax.jit
-    def sums(arrays: Arrays, images: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        posterior = static.merge(arrays, arrays).posterior(to_float(images))
-        weight = weight_B[:, None, None]
-        first = (posterior.mean * weight).sum((0, 1))
-        return first, ((posterior.mean**2 + posterior.std**2) * weight).sum((0, 1))
-
     module = static.merge(arrays, arrays)
-    channels = next(level.size for level in module.spec.levels if level.kind == "continuous")
+    continuous = [level for level in module.spec.levels if level.kind == "continuous"]
+    if not continuous:
+        return arrays
+    channels, tokens = continuous[0].size, continuous[0].tokens
     module.set_latent_statistics(jnp.zeros(channels), jnp.ones(channels))
     arrays = merged_arrays(module)
-    total, first, second = 0.0, np.zeros(channels), np.zeros(channels)
+
+    @jax.jit
+    def sums(arrays: Arrays, images: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        posterior = static.merge(arrays, arrays).posterior(to_float(images))
+        return latent_sums(posterior.mean, posterior.std, weight_B)
+
+    parts = []
     for batch in eval_batches(source, min(config.latents.batch_size, len(source))):
-        weight = (batch["index"] >= 0).astype(np.float32)
-        added = sums(arrays, batch["image"], weight)
-        first, second = first + np.asarray(added[0], np.float64), second + np.asarray(added[1], np.float64)
-        total += float(weight.sum()) * next(lv.tokens for lv in module.spec.levels if lv.kind == "continuous")
-        if total >= STATISTICS_IMAGES * module.spec.levels[-1].tokens:
+        parts.append(jax.device_get(sums(arrays, batch["image"], (batch["index"] >= 0).astype(np.float32))))
+        if sum(part[0] for part in parts) >= STATISTICS_IMAGES * tokens:
             break
-    mean = first / total
-    std = np.sqrt(np.maximum(second / total - mean**2, 1e-12))
-    module.set_latent_statistics(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
+    module.set_latent_statistics(*latent_statistics(parts))
     return merged_arrays(module)
 
 

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ear_jax.tokenizers.gaussian import reparameterise
 from ear_jax.types import Posterior, TokenizerSpec, Tokens
 
 
@@ -36,8 +38,10 @@ class LatentTokenizer(nnx.Module):
         """Encode images in [-1, 1]; the continuous level is drawn with `rng`, or is the mean without it."""
         return self.posterior(images).sample(rng)
 
-    def set_latent_statistics(self, mean: Float[Array, " c"], std: Float[Array, " c"]) -> None:
-        """Store the per-channel mean and standard deviation of the raw latent, as `latent_statistics` measures them."""
+    def set_latent_statistics(
+        self, mean: Float[Array, " c"] | Float[np.ndarray, " c"], std: Float[Array, " c"] | Float[np.ndarray, " c"]
+    ) -> None:
+        """Store the per-channel mean and standard deviation of the raw latent, see metrics/latent_statistics.py."""
         self.latent_mean[...] = jnp.asarray(mean, jnp.float32)
         self.latent_std[...] = jnp.maximum(jnp.asarray(std, jnp.float32), 1e-6)
 
@@ -56,26 +60,11 @@ class LatentTokenizer(nnx.Module):
         return raw.reshape(tokens.shape[0], grid, grid, tokens.shape[-1])
 
 
-def latent_sums(posterior: Posterior) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return count, sum and sum of squares per channel of a posterior's continuous tokens; add them over batches."""
-    count = jnp.asarray(posterior.mean.shape[0] * posterior.mean.shape[1], jnp.float32)
-    squares = jnp.square(posterior.mean) + jnp.square(posterior.std)
-    return count, posterior.mean.sum(axis=(0, 1)), squares.sum(axis=(0, 1))
-
-
-def latent_statistics(
-    count: Float[Array, ""], total: Float[Array, " c"], squares: Float[Array, " c"]
-) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Return per-channel mean and standard deviation of sampled tokens from the sums of `latent_sums`."""
-    mean = total / count
-    return mean, jnp.sqrt(jnp.maximum(squares / count - jnp.square(mean), 1e-12))
-
-
 def sample_gaussian(
     rng: jax.Array, mean: Float[Array, "*shape"], logvar: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Draw from a diagonal Gaussian given its mean and log-variance."""
-    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, mean.dtype)
+    return reparameterise(mean, logvar, jax.random.normal(rng, mean.shape, mean.dtype))
 
 
 def split_moments(

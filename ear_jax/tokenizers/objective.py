@@ -1,5 +1,6 @@
 """What is minimised to train a tokenizer: reconstruction, latent, perceptual and adversarial terms in one scalar."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,30 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ear_jax.nn.perceptual import load_perceptual
 from ear_jax.tokenizers.adversarial import AdversarialLoss
 from ear_jax.tokenizers.codebook import usage
+from ear_jax.tokenizers.hart import HartTokenizer
+from ear_jax.tokenizers.kl_vae import KLVAE
 from ear_jax.tokenizers.latents import sample_gaussian
 from ear_jax.tokenizers.lite_hybrid import HybridTraining, LiteHybrid
 from ear_jax.tokenizers.lite_vae import LiteVAE
 from ear_jax.tokenizers.losses import gaussian_loss, kl_to_unit_normal, masked_mean, psnr, wavelet_loss
-from ear_jax.tokenizers.perceptual import load_perceptual
+from ear_jax.tokenizers.vqvae import VQVAE
 from ear_jax.types import Metrics
+
+Terms = dict[str, tuple[float, jax.Array]]
+"""Weight and value of each term of the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What a tokenizer's training pass gives: reconstructions, the latent's terms, and whether images drop detail."""
+
+    images: jax.Array
+    terms: Terms
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    drops_fine: bool = False
 
 
 class TokenizerObjective(nnx.Module):
@@ -24,12 +41,13 @@ class TokenizerObjective(nnx.Module):
 
     Before `hybrid_start_steps` the tokenizer trains as a plain VAE. From then on the hybrid path runs, and each image
     drops its fine branch with `coarse_only_probability`, so that coarse tokens alone decode to the structure. The KL
-    is that of the VAE's posterior first, of the fine tokens' posterior (which fixes their scale) afterwards.
+    is that of the VAE's posterior first, of the fine tokens' posterior (which fixes their scale) afterwards. HART's
+    tokenizer drops its residual by the same probability.
     """
 
     def __init__(
         self,
-        tokenizer: LiteVAE | LiteHybrid,
+        tokenizer: LiteVAE | LiteHybrid | KLVAE | VQVAE,
         *,
         l1: float = 1.0,
         l2: float = 0.0,
@@ -84,59 +102,67 @@ class TokenizerObjective(nnx.Module):
         del controls
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         latent_rng, drop_rng = jax.random.split(rng)
-        vae = self.tokenizer.vae if isinstance(self.tokenizer, LiteHybrid) else self.tokenizer
-        mean, logvar = vae.encoder(images)
-        metrics: Metrics = {}
-        use_fine = jnp.ones((images.shape[0],), jnp.float32)
+        is_hybrid = step >= self.hybrid_start_steps
+        dropped = jax.random.bernoulli(drop_rng, self.coarse_only_probability, images.shape[:1]) & is_hybrid
+        use_fine = 1.0 - dropped.astype(jnp.float32)
         if isinstance(self.tokenizer, LiteHybrid):
-            is_hybrid = step >= self.hybrid_start_steps
-            dropped = jax.random.bernoulli(drop_rng, self.coarse_only_probability, use_fine.shape) & is_hybrid
-            use_fine = 1.0 - dropped.astype(jnp.float32)
-            passed = self._hybrid(self.tokenizer, mean, logvar, use_fine, is_hybrid, latent_rng)
-            metrics.update(self._codebook_metrics(self.tokenizer))
-            latent, kl_mean, commitment = passed.latent, passed.fine_mean, passed.commitment
+            passed = self._hybrid(self.tokenizer, images, use_fine, is_hybrid, latent_rng)
+        elif isinstance(self.tokenizer, VQVAE):
+            passed = self._quantised(self.tokenizer, images, use_fine)
         else:
-            latent, kl_mean, commitment = sample_gaussian(latent_rng, mean, logvar), mean, None
-        reconstructions = vae.decoder(latent)
-
-        terms = self._reconstruction_terms(reconstructions, images)
-        if self.kl > 0:
-            terms["kl"] = (self.kl, kl_to_unit_normal(kl_mean, logvar))
-        if commitment is not None and self.commitment > 0:
-            terms["commitment"] = (self.commitment, commitment)
+            passed = self._plain(self.tokenizer, images, latent_rng)
+        terms = {**self._reconstruction_terms(passed.images, images), **passed.terms}
         total = sum((weight * term for weight, term in terms.values()), start=jnp.zeros(()))
-        metrics.update({f"loss/{name}": term for name, (_, term) in terms.items()})
+        metrics = {**passed.metrics, **{f"loss/{name}": term for name, (_, term) in terms.items()}}
         if self.adversarial is not None:
-            game, game_terms = self.adversarial(images, reconstructions, step)
+            game, game_terms = self.adversarial(images, passed.images, step)
             total = total + game
             metrics.update({f"loss/{name}": term for name, term in game_terms.items()})
 
-        quality = jax.lax.stop_gradient(psnr(reconstructions, images))
-        metrics["psnr"] = masked_mean(quality, use_fine)
-        if isinstance(self.tokenizer, LiteHybrid):
+        quality = jax.lax.stop_gradient(psnr(passed.images, images))
+        if passed.drops_fine:
+            metrics["psnr"] = masked_mean(quality, use_fine)
             metrics["psnr_coarse"] = masked_mean(quality, 1.0 - use_fine)
+        else:
+            metrics["psnr"] = quality.mean()
         return total, metrics
 
+    def _plain(self, tokenizer: LiteVAE | KLVAE, images: jax.Array, rng: jax.Array) -> "Pass":
+        mean, logvar = tokenizer.encoder(images)
+        return Pass(tokenizer.decoder(sample_gaussian(rng, mean, logvar)), self._kl(mean, logvar))
+
+    def _quantised(self, tokenizer: VQVAE, images: jax.Array, use_fine: jax.Array) -> "Pass":
+        """Run a multi-scale quantiser; HART's keeps its continuous residual for the images of `use_fine` 1."""
+        features = tokenizer.encoder(images)
+        drops_fine = isinstance(tokenizer, HartTokenizer)
+        if isinstance(tokenizer, HartTokenizer):
+            trained = tokenizer.train_latent(features, use_fine)
+        else:
+            trained = tokenizer.train_latent(features)
+        terms = {"quantiser": (1.0, trained.loss)}  # holds the commitment by its weight
+        return Pass(tokenizer.decoder(trained.map), terms, {"codebook/usage": trained.usage}, drops_fine)
+
     def _hybrid(
-        self,
-        tokenizer: LiteHybrid,
-        mean: jax.Array,
-        logvar: jax.Array,
-        use_fine: jax.Array,
-        is_hybrid: jax.Array,
-        rng: jax.Array,
-    ) -> HybridTraining:
+        self, tokenizer: LiteHybrid, images: jax.Array, use_fine: jax.Array, is_hybrid: jax.Array, rng: jax.Array
+    ) -> "Pass":
         """Run the hybrid path, or hold it back before its start, and store the moved codebooks.
 
         Both paths are computed and one is selected: the hybrid one adds little, and XLA's CPU backend runs what stands
         inside a conditional about three times slower.
         """
+        mean, logvar = tokenizer.vae.encoder(images)
         passed = tokenizer.train_latent(mean, logvar, use_fine, rng, is_active=is_hybrid)
         if self.hybrid_start_steps > 0:
             plain = HybridTraining(sample_gaussian(rng, mean, logvar), mean, jnp.zeros(()), tokenizer.coarse.books)
             passed = jax.tree.map(lambda active, waiting: jnp.where(is_hybrid, active, waiting), passed, plain)
         tokenizer.coarse.assign_books(jax.lax.stop_gradient(passed.books))
-        return passed
+        terms = self._kl(passed.fine_mean, logvar)
+        if self.commitment > 0:
+            terms["commitment"] = (self.commitment, passed.commitment)
+        return Pass(tokenizer.vae.decoder(passed.latent), terms, self._codebook_metrics(tokenizer), drops_fine=True)
+
+    def _kl(self, mean: jax.Array, logvar: jax.Array) -> Terms:
+        return {"kl": (self.kl, kl_to_unit_normal(mean, logvar))} if self.kl > 0 else {}
 
     def _codebook_metrics(self, tokenizer: LiteHybrid) -> Metrics:
         measured = [usage(book) for book in tokenizer.coarse.books]
@@ -150,9 +176,7 @@ class TokenizerObjective(nnx.Module):
                 metrics[f"codebook/perplexity_{grid}"] = perplexity
         return metrics
 
-    def _reconstruction_terms(
-        self, reconstructions: jax.Array, images: jax.Array
-    ) -> dict[str, tuple[float, jax.Array]]:
+    def _reconstruction_terms(self, reconstructions: jax.Array, images: jax.Array) -> Terms:
         error = reconstructions - images
         terms = {}
         if self.l1 > 0:

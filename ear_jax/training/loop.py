@@ -34,6 +34,9 @@ from ear_jax.training.tensorboard import TensorBoard
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
 """(step, state) -> pictures by name, uint8 [h, w, 3]; saving them is the hook's business, TensorBoard is the loop's."""
 
+ScoreHook = Callable[[int, TrainState], dict[str, float]]
+"""(step, state) -> numbers by name; it must leave the state as it is. The loop writes them down."""
+
 LONG_SECTION_S = 3600.0
 """Compiling, saving or drawing may take this long before the watchdog ends the process."""
 
@@ -58,6 +61,8 @@ class StageRun:
     tensorboard_folder: Path
     overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None
     grid: GridHook | None = None
+    score: ScoreHook | None = None
+    score_every_steps: int = 0
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -133,17 +138,27 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                     f"{stop.name}: the state after step {step} of {total} is saved in {run.folder}. "
                     "Run the same command again to go on from there."
                 )
-            every = run.settings.grid_every_steps
-            if run.grid is not None and (is_last or (every and step % every == 0)):
+            is_scored = run.score is not None and _is_due(step, run.score_every_steps)
+            if run.grid is not None and (is_last or is_scored or _is_due(step, run.settings.grid_every_steps)):
                 with progress.paused(), watchdog.section("drawing a grid", LONG_SECTION_S):
                     watch.drain()
                     for name, picture in run.grid(step, state).items():
                         tensorboard.picture(step, f"{run.stage}/{name}", picture)
+            if run.score is not None and is_scored:
+                with progress.paused(), watchdog.section("scoring samples", LONG_SECTION_S):
+                    watch.drain()
+                    scores = run.score(step, state)
+                    tensorboard.scalars(step, scores, prefix=f"{run.stage}/scores")
+                    run.ledger.event("scores", stage=run.stage, step=step, **scores)
             if not is_last:
                 batch = next(run.loader)
         run.facts["train_s"] = time.monotonic() - began
         run.facts["last_metrics"] = watch.last
     return prepared.static, state
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> tuple[TrainState, int, str]:
@@ -164,7 +179,7 @@ def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> t
 def _compile(
     run: StageRun,
     prepared: Prepared,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     batch: dict[str, jax.Array],
     progress: Progress,
 ) -> tuple[Callable[..., Any], float]:

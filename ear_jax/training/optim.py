@@ -30,17 +30,24 @@ class Recipe:
     train_temperature: float
     final_phase_train_temperature: float
     ema_decay: float
+    hold_fraction: float = 0.0
+    warmup_start_ratio: float = 0.0
+    final_weight_decay: float = -1.0
+    undecayed: tuple[str, ...] = ()
 
 
-def resolve(training: TrainingConfig, lengths: StageLengths) -> Recipe:
-    """Resolve a stage's settings: epochs are steps, the learning rate is the peak for this batch size."""
-    named = {field.name for field in dataclasses.fields(Recipe)} - {"lengths", "learning_rate"}
+def resolve(training: TrainingConfig, lengths: StageLengths, *, undecayed: tuple[str, ...] = ()) -> Recipe:
+    """Resolve a stage's settings: epochs are steps, the learning rate is the peak for this batch size.
+
+    `undecayed` names parameters (last part of the path) that a model family keeps without weight decay.
+    """
+    named = {field.name for field in dataclasses.fields(Recipe)} - {"lengths", "learning_rate", "undecayed"}
     shared: dict[str, Any] = {name: getattr(training, name) for name in named}
-    return Recipe(lengths=lengths, learning_rate=peak_learning_rate(training), **shared)
+    return Recipe(lengths=lengths, learning_rate=peak_learning_rate(training), undecayed=undecayed, **shared)
 
 
 def learning_rate(recipe: Recipe) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """Return step -> learning rate: linear warm-up from 0, constant or cosine, then the last phase's multiplier."""
+    """Return step -> learning rate: warm-up, then constant, cosine or held and linear, times the last phase's."""
     lengths = recipe.lengths
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
@@ -51,13 +58,28 @@ def learning_rate(recipe: Recipe) -> Callable[[jax.typing.ArrayLike], jax.Array]
             progress = jnp.clip((step - lengths.warmup_steps) / span, 0.0, 1.0)
             floor = recipe.final_learning_rate_ratio
             rate = rate * (floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+        elif recipe.schedule == "linear":  # VAR's: the last update is at the end of the line
+            span = max(lengths.total_steps - 1 - lengths.warmup_steps, 1)
+            left = 1.0 - jnp.clip((step - lengths.warmup_steps) / span, 0.0, 1.0)
+            floor = recipe.final_learning_rate_ratio
+            rate = rate * (floor + (1 - floor) * jnp.minimum(left / (1.0 - recipe.hold_fraction), 1.0))
         if lengths.warmup_steps:
-            rate = rate * jnp.minimum(step / lengths.warmup_steps, 1.0)
+            start = recipe.warmup_start_ratio
+            rate = rate * (start + (1.0 - start) * jnp.minimum(step / lengths.warmup_steps, 1.0))
         if lengths.final_phase_steps:
             rate = rate * jnp.where(step >= lengths.final_phase_start, recipe.final_phase_learning_rate_multiplier, 1.0)
         return rate
 
     return schedule
+
+
+def weight_decay(recipe: Recipe, step: jax.Array) -> jax.Array:
+    """Return the weight decay at a step: constant, or on a cosine to `final_weight_decay` where that is given."""
+    first, last = recipe.weight_decay, recipe.final_weight_decay
+    if last < 0:
+        return jnp.float32(first)
+    done = jnp.clip(jnp.asarray(step, jnp.float32) / max(recipe.lengths.total_steps - 1, 1), 0.0, 1.0)
+    return last + (first - last) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
 
 
 def train_temperature(recipe: Recipe, step: jax.Array) -> jax.Array:
@@ -68,12 +90,13 @@ def train_temperature(recipe: Recipe, step: jax.Array) -> jax.Array:
     return jnp.where(is_final, recipe.final_phase_train_temperature, recipe.train_temperature).astype(jnp.float32)
 
 
-def is_decayed(name: str) -> bool:
+def is_decayed(name: str, undecayed: tuple[str, ...] = ()) -> bool:
     """Tell whether weight decay acts on a parameter: matrices and embeddings outside the heads, never biases or norms.
 
-    EAR decays class embedding, mask token and positions too, and leaves the head's matrices without decay.
+    EAR decays class embedding, mask token and positions too, and leaves the head's matrices without decay. `undecayed`
+    names more that a family leaves out.
     """
-    return not name.endswith(("/bias", "/scale")) and not is_head_matrix(name)
+    return name.rpartition("/")[2] not in ("bias", "scale", *undecayed) and not is_head_matrix(name)
 
 
 def is_head_matrix(name: str) -> bool:
@@ -81,25 +104,42 @@ def is_head_matrix(name: str) -> bool:
     return name.startswith("heads/") and name.endswith("/kernel")
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Return clipping by min(1, limit / (norm + 1e-6)), the formula of the published recipes."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda leaf: factor * leaf, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def add_decayed_weights(rate: float, is_due: Callable[[str], bool]) -> optax.GradientTransformationExtraArgs:
+    """Return decoupled weight decay of the parameters that are due, at `rate` or at `update(…, weight_decay=rate)`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, weight_decay: Any = None, **_: Any) -> tuple[Any, Any]:
+        now = rate if weight_decay is None else weight_decay
+        decayed = {name: leaf + now * params[name] if is_due(name) else leaf for name, leaf in updates.items()}
+        return decayed, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformationExtraArgs:
     """Return AdamW over flat parameter dictionaries with the groups of EAR's recipe, at a learning rate of 1.
 
-    Clipping is by global norm; decay is decoupled and multiplied by the learning rate of the parameter's group. The
-    training step multiplies the result by the schedule at its own count: a count kept here would fall behind with
-    every skipped update.
+    Decay is decoupled and multiplied by the learning rate of the parameter's group. The training step multiplies the
+    result by the schedule at its own count: a count kept here would fall behind with every skipped update.
     """
-
-    def decayed(params: Arrays) -> Mapping[str, bool]:
-        return {name: is_decayed(name) for name in params}
 
     def heads(params: Arrays) -> Mapping[str, bool]:
         return {name: is_head_matrix(name) for name in params}
 
-    parts = [optax.clip_by_global_norm(recipe.clip_norm)] if recipe.clip_norm else []
+    parts = [clip_by_global_norm(recipe.clip_norm)] if recipe.clip_norm else []
     parts += [
         optax.scale_by_adam(b1=recipe.beta1, b2=recipe.beta2, eps=1e-8),
-        optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
+        add_decayed_weights(recipe.weight_decay, lambda name: is_decayed(name, recipe.undecayed)),
         optax.masked(optax.scale(recipe.head_learning_rate_multiplier), heads),
         optax.scale(-1.0),
     ]
-    return optax.chain(*parts)
+    return optax.with_extra_args_support(optax.chain(*parts))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ear_jax.nn.functional import Arrays, Functional, arrays_of
-from ear_jax.training.optim import Recipe, learning_rate, train_temperature
+from ear_jax.training.optim import Recipe, learning_rate, train_temperature, weight_decay
 from ear_jax.training.state import TrainState
 from ear_jax.types import Batch, Metrics
 
@@ -16,7 +16,7 @@ StepFunction = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metric
 
 
 def make_train_step(
-    static: Functional, optimizer: optax.GradientTransformation, recipe: Recipe, *, accumulation_steps: int = 1
+    static: Functional, optimizer: optax.GradientTransformationExtraArgs, recipe: Recipe, *, accumulation_steps: int = 1
 ) -> StepFunction:
     """Return the pure function (state, batch, root key) -> (state, metrics) for any trainable module.
 
@@ -61,7 +61,9 @@ def make_train_step(
         loss, metrics, rest, grads = gradients(state, batch, jax.random.fold_in(root, step))
         norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        updates, opt_state = optimizer.update(
+            grads, state["opt_state"], state["params"], weight_decay=weight_decay(recipe, step)
+        )
         rate = schedule(step)
         params = jax.tree.map(lambda old, update: old + rate * update, state["params"], updates)
         decay = recipe.ema_decay

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import QUICK
 from random_weights import random_weights
 
 from ear_jax import build
@@ -17,7 +18,7 @@ from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.levels import TokenizerSpec
 from ear_jax.nn.functional import Functional, functional
 from ear_jax.nn.keys import Keys
-from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
+from ear_jax.sampling.loop import SamplingPlan, image_keys
 from ear_jax.training.optim import make_optimizer, resolve
 from ear_jax.training.state import TrainState, create_state
 from ear_jax.training.step import make_train_step
@@ -28,10 +29,11 @@ CLASSES, IMAGES = 10, 1_281_167
 RECIPES = [
     f"{path.name}:{variant}"
     for path in sorted((REPOSITORY / "configs").glob("[!_]*.py"))
+    if path.name != "convert.py"  # the other recipes again
     for variant in files._execute(path).VARIANTS
 ]
-QUICK = {"demo", "imagenet256", "s"}
-"""Variants traced by default, as each takes seconds: two levels small and large, and one level."""
+TRACED = {"demo", "imagenet256", "s2", "b", "d16"}
+"""Variants traced by default, as each takes seconds: two levels small and large, and each published family."""
 
 
 def load(recipe: str) -> Config:
@@ -83,7 +85,7 @@ def traced_step(module: Any, training: TrainingConfig, batch: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(name, marks=() if name.partition(":")[2] in QUICK else pytest.mark.slow, id=name)
+        pytest.param(name, marks=() if name.partition(":")[2] in TRACED else pytest.mark.slow, id=name)
         for name in RECIPES
     ],
 )
@@ -97,20 +99,21 @@ def test_a_recipe_traces_through_both_stages_and_sampling(recipe):
     assert metrics["loss"].shape == () and "psnr" in metrics
 
     generator = nnx.eval_shape(lambda: build.build_generator(config, spec, CLASSES, rngs=Keys(0)))
-    assert tuple(plan.spec for plan in generator.plans) == derive.levels(config), "what the config said before"
+    assert generator.levels == derive.levels(config), "what the config said before"
     training = config.generator_training
     _, metrics = traced_step(generator, training, generator_batch(spec, training.accumulation_steps))
     assert {f"loss/{level.name}" for level in spec.levels} <= set(metrics)
 
     static, *arrays = functional(generator)
     decoder, *weights = functional(objective.tokenizer)
-    steps = tuple(own.steps for own in build.level_configs(config, spec))
-    plan = SamplingPlan(steps, config.sample.guidance_scale != 1.0, config.sample.guidance_schedule)
+    plan = SamplingPlan(
+        derive.level_steps(config), config.sample.guidance_scale != 1.0, config.sample.guidance_schedule
+    )
 
     def generate(arrays: Any, weights: Any, labels: jax.Array) -> tuple[Tokens, jax.Array]:
         model = static.merge(*arrays)
         settings = {"guidance_scale": 2.0, "temperature": 1.0, "coarse_temperature": 1.0}
-        levels = sample_levels(model, labels, image_keys(0, jnp.arange(2)), plan, **settings)
+        levels = build.sampler(config)(model, labels, image_keys(0, jnp.arange(2)), plan, **settings)
         tokens = model.to_tokens(levels)
         return tokens.levels, decoder.merge(*weights).decode(tokens)
 
@@ -130,8 +133,8 @@ def test_a_tiny_recipe_is_the_recipe_made_small(recipe):
     assert dataclasses.astuple(tiny.generator.fine) == dataclasses.astuple(config.generator.fine)
     assert tiny.tokenizer_training.steps <= 10 and tiny.generator_training.steps <= 10
     module = nnx.eval_shape(
-        lambda: build.BACKBONES[tiny.generator.backbone.name](
-            tiny.generator, derive.levels(tiny), CLASSES, jnp.dtype("float32"), Keys(0)
+        lambda: build.build_generator(
+            tiny, TokenizerSpec(tiny.data.image_px, derive.tokenizer_levels(tiny)), CLASSES, rngs=Keys(0)
         )
     )
     assert sum(leaf.size for leaf in functional(module)[1].values()) < 1_000_000
@@ -159,8 +162,7 @@ def test_a_tiny_recipe_trains_both_stages(recipe):
 
 def run_two_updates(static: Functional, parameters: Any, rest: Any, training: TrainingConfig, batch: Any) -> None:
     step, start = train_step(static, training, parameters, rest)
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    compiled, state = jax.jit(step, compiler_options=options), start()
+    compiled, state = jax.jit(step, compiler_options=QUICK), start()
     for _ in range(2):
         state, metrics = compiled(state, batch, jax.random.key(0))
         assert all(np.isfinite(value) for value in metrics.values()), metrics

@@ -51,9 +51,14 @@ def finished(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def child(folder: Path, log: Path) -> Iterator[subprocess.Popen]:
     """Run the recipe in another process; it does not outlive the block."""
-    worker, root = Path(__file__).with_name("worker.py"), Path(__file__).parents[2]
+    worker, tests = Path(__file__).with_name("worker.py"), Path(__file__).parents[1]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(log.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {**os.environ, **cache, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        **cache,
+        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
+        "PYTHONUNBUFFERED": "1",
+    }
     with open(log, "w") as output:
         command = [sys.executable, str(worker), "0.1", *RECIPE, OFTEN, f"--workdir={folder}"]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

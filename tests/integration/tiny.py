@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from quick import QUICK
 
 from ear_jax import build
 from ear_jax.config import strict
@@ -24,10 +25,12 @@ from ear_jax.config.schema import (
     CoarseConfig,
     Config,
     DataConfig,
+    DiffusionConfig,
     EnergyHeadConfig,
     EvaluateConfig,
     FineConfig,
     GeneratorConfig,
+    KLVAEConfig,
     LatentsConfig,
     LevelConfig,
     LiteVAEConfig,
@@ -35,6 +38,7 @@ from ear_jax.config.schema import (
     ShapesConfig,
     TokenizerConfig,
     TrainingConfig,
+    VQVAEConfig,
 )
 from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter
 from ear_jax.data.loader import Loader
@@ -75,14 +79,17 @@ CONFIG = Config(
             decoder_output="wavelet",
         ),
         coarse=CoarseConfig(grids=(2,), codes=8, code_channels=4),
+        kl_vae=KLVAEConfig(channels=8, multipliers=(1, 1, 1), blocks=1, latent_channels=4),
+        vqvae=VQVAEConfig(channels=8, multipliers=(1, 1, 1), blocks=1, latent_channels=4, codes=8, scales=(1, 2, 4)),
         fine=FineConfig(channels=8, multipliers=(1, 1)),
         hybrid_start_steps=2,
     ),
     tokenizer_training=TRAINING,
     latents=LatentsConfig(batch_size=32),
     generator=GeneratorConfig(
-        backbone=BackboneConfig(width=16, depth=2, heads=2, class_tokens=2),
+        backbone=BackboneConfig(width=16, depth=2, encoder_depth=1, heads=2, class_tokens=2),
         energy=EnergyHeadConfig(width=16, depth=1, noise_channels=4),
+        diffusion=DiffusionConfig(width=16, depth=1, train_steps=50, sample_steps=4, repeats=1),
         coarse=LevelConfig(steps=2, mask_ratio="cosine", mask_ratio_low=0.0),
         fine=LevelConfig(steps=1),
     ),
@@ -176,8 +183,7 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
 def quick_compilation() -> Iterator[None]:
     """Make `lower(...).compile()` leave out XLA's optimisations: half the time to compile; nothing here runs long."""
     original = jax.stages.Lowered.compile
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: original(lowered, options)):
+    with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: original(lowered, QUICK)):
         yield
 
 

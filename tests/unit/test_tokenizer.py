@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from tiny_tokenizers import IMAGE_PX, LATENT_CHANNELS, LATENT_GRID, compiled, tiny_hybrid, tiny_vae
 
+from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
 from ear_jax.nn.keys import Keys
 from ear_jax.tokenizers.decoder import Decoder
 from ear_jax.tokenizers.fusion import make_fusion
-from ear_jax.tokenizers.latents import latent_statistics, latent_sums
 from ear_jax.tokenizers.lite_hybrid import LiteHybrid
 from ear_jax.tokenizers.lite_vae import ENCODERS, Encoder, LiteVAE, parameter_count
 from ear_jax.types import Tokens
@@ -120,8 +120,9 @@ def test_decoder_in_bfloat16_with_attention_and_compact_convolutions_makes_float
 def test_vae_tokens_have_their_spec_and_unit_scale(vae: LiteVAE, images: jax.Array):
     (level,) = vae.spec.levels
     raw = vae.posterior(images)
+    assert raw.mean is not None and raw.std is not None
     assert raw.mean.shape == raw.std.shape == (3, level.tokens, level.size)
-    mean, std = latent_statistics(*latent_sums(raw))
+    mean, std = latent_statistics([latent_sums(raw.mean, raw.std, jnp.ones(len(raw.mean)))])
     before = vae.decode(raw.sample(None), clamp=False)
     vae.set_latent_statistics(mean, std)
     try:
@@ -157,6 +158,7 @@ def test_hybrid_starts_as_the_plain_vae(hybrid: LiteHybrid, images: jax.Array):
 def test_fine_tokens_hold_what_the_coarse_ones_left_over(hybrid: LiteHybrid, images: jax.Array):
     latent, _ = hybrid.vae.encoder(images)
     posterior = hybrid.posterior(images)
+    assert posterior.mean is not None
     coarse_map = hybrid.coarse.map_of(posterior.discrete)
     np.testing.assert_allclose(hybrid.coarse.ids(latent)[1], coarse_map, atol=1e-5)
     fine = posterior.mean.reshape(latent.shape)

@@ -46,19 +46,25 @@ class PerceptualDistance(nnx.Module):
 
     def layers(self, first: Float[Array, "B h w 3"], second: Float[Array, "B h w 3"]) -> Float[Array, "B 5"]:
         """Return the distance of each pair at each of the five layers."""
-        features = jnp.concatenate([first, second]).astype(jnp.float32)
-        features = (features - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
         distances = []
+        for features, linear in zip(self.features(jnp.concatenate([first, second])), self.linear, strict=True):
+            unit = features / (jnp.sqrt(jnp.square(features).sum(axis=-1, keepdims=True) + 1e-20) + 1e-10)
+            one, two = jnp.split(unit, 2)
+            weighted = jnp.square(one - two) @ linear[...]
+            distances.append(weighted.mean(axis=(1, 2)))
+        return jnp.stack(distances, axis=-1)
+
+    def features(self, images: Float[Array, "B h w 3"]) -> list[Float[Array, "B i j c"]]:
+        """Return the features of the five layers: relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of VGG16."""
+        features = (images.astype(jnp.float32) - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
+        taken = []
         for index, (kernels, biases) in enumerate(zip(self.convolutions, self.biases, strict=True)):
             if index:
                 features = _max_pool(features)
             for kernel, bias in zip(kernels, biases, strict=True):
                 features = jax.nn.relu(_convolve(features, kernel[...]) + bias[...])
-            unit = features / (jnp.sqrt(jnp.square(features).sum(axis=-1, keepdims=True) + 1e-20) + 1e-10)
-            one, two = jnp.split(unit, 2)
-            weighted = jnp.square(one - two) @ self.linear[index][...]
-            distances.append(weighted.mean(axis=(1, 2)))
-        return jnp.stack(distances, axis=-1)
+            taken.append(features)
+        return taken
 
     def __call__(self, first: Float[Array, "B h w 3"], second: Float[Array, "B h w 3"]) -> Float[Array, " B"]:
         """Return the distance of each pair."""

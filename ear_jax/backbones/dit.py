@@ -1,0 +1,139 @@
+"""DiT: a transformer over all tokens of a noisy latent map, modulated by the diffusion step and the class."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from ear_jax.nn.attention import SelfAttention
+from ear_jax.nn.dropout import dropout
+from ear_jax.nn.linear import ZEROS, Linear, layer_norm
+from ear_jax.nn.positions import sincos_positions
+from ear_jax.nn.time_embedding import TimeEmbedding
+from ear_jax.nn.transformer import Mlp
+from ear_jax.types import LevelSpec
+
+
+class TanhMlp(Mlp):
+    """Linear, GELU by its tanh approximation, linear, with dropout after each half."""
+
+    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
+        """Apply the MLP to each position."""
+        first, second = (None, None) if rng is None else jax.random.split(rng)
+        inner = dropout(jax.nn.gelu(self.expand(hidden_BLE), approximate=True), self.dropout, first)
+        return dropout(self.contract(inner), self.dropout, second)
+
+
+class ModulatedBlock(nnx.Module):
+    """Attention and MLP, each between a modulated norm and a gate that starts closed (adaLN-Zero).
+
+    The condition gives shift, scale, gate of the attention, then those of the MLP. The residual stream keeps its own
+    dtype.
+    """
+
+    def __init__(self, *, width: int, heads: int, mlp_ratio: float, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width=width, heads=heads, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.mlp_norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
+        self.mlp = TanhMlp(width=width, hidden=int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(width, 6 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, hidden_BLE: Float[Array, "B L E"], condition_BE: Float[Array, "B E"], rng: jax.Array | None = None
+    ) -> Float[Array, "B L E"]:
+        """Apply the block; with `rng`, apply dropout."""
+        first, second = (None, None) if rng is None else jax.random.split(rng)
+        parts = jnp.split(self.modulation(jax.nn.silu(condition_BE))[:, None], 6, axis=-1)
+        for (shift, scale, gate), norm, inner, key in (
+            (parts[:3], self.attention_norm, self.attention, first),
+            (parts[3:], self.mlp_norm, self.mlp, second),
+        ):
+            update = gate * inner(norm(hidden_BLE) * (1 + scale) + shift, key)
+            hidden_BLE = hidden_BLE + update.astype(hidden_BLE.dtype)
+        return hidden_BLE
+
+
+class DiT(nnx.Module):
+    """Diffusion transformer (Peebles & Xie, arXiv 2212.09748) over the tokens of one continuous level.
+
+    Positions are fixed sinusoids and no parameters. The last row of the class table stands for no class. The output
+    starts at zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: LevelSpec,
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        use_scan: bool = True,
+        use_remat: bool = False,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.level = level
+        self.classes = classes
+        self.width = width
+        self.depth = depth
+        self.use_scan = use_scan
+        self.use_remat = use_remat
+        self.project = Linear(level.size, width, dtype=dtype, rngs=rngs)
+        self.time = TimeEmbedding(width=width, dtype=dtype, rngs=rngs)
+        table = nnx.initializers.normal(0.02)(rngs.params(), (classes + 1, width), jnp.float32)
+        self.class_embedding = nnx.Param(table)
+
+        def make(layer_key: jax.Array) -> ModulatedBlock:
+            layer_rngs = nnx.Rngs(params=layer_key)
+            return ModulatedBlock(
+                width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs
+            )
+
+        self.blocks = nnx.vmap(make)(jax.random.split(rngs.params(), depth))
+        self.norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(width, 2 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+        self.output = Linear(width, 2 * level.size, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        noisy_BND: Float[Array, "B N D"],
+        steps_B: Int[Array, "B"],
+        labels_B: Int[Array, "B"],
+        drop_label_B: Bool[Array, "B"],
+        rng: jax.Array | None = None,
+    ) -> Float[Array, "B N F"]:
+        """Return float32 [noise | variance] of each token.
+
+        Args:
+            noisy_BND: noisy tokens.
+            steps_B: steps of the trained process.
+            labels_B: class ids; must be valid, gathers do not check.
+            drop_label_B: images that see no class.
+            rng: key for dropout; None switches dropout off.
+        """
+        rows_B = jnp.where(drop_label_B, self.classes, labels_B)
+        condition_BE = self.time(steps_B).astype(jnp.float32) + self.class_embedding[...][rows_B]
+        positions = sincos_positions(self.level.grid, self.width)
+        hidden_BNE = self._run(self.project(noisy_BND).astype(jnp.float32) + positions, condition_BE, rng)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(condition_BE))[:, None], 2, axis=-1)
+        return self.output(self.norm(hidden_BNE) * (1 + scale) + shift).astype(jnp.float32)
+
+    def _run(self, hidden_BNE: jax.Array, condition_BE: jax.Array, rng: jax.Array | None) -> jax.Array:
+        graphdef, stacked = nnx.split(self.blocks)
+        keys = None if rng is None else jax.random.split(rng, self.depth)
+
+        def body(hidden: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            weights, key = layer
+            return nnx.merge(graphdef, weights)(hidden, condition_BE, key), None
+
+        if self.use_remat:
+            body = jax.checkpoint(body, prevent_cse=not self.use_scan)
+        if self.use_scan:
+            return jax.lax.scan(body, hidden_BNE, (stacked, keys))[0]
+        for index in range(self.depth):
+            hidden_BNE, _ = body(hidden_BNE, jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, keys)))
+        return hidden_BNE

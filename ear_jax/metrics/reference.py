@@ -1,0 +1,130 @@
+"""The real images that samples are compared with: their statistics, and a draw of their features where it is at hand.
+
+The statistics are a file that other evaluators read too; the draw lies beside it in `<name>.rows.npz`.
+"""
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ear_jax.errors import DataError, StorageError
+from ear_jax.io.atomic import atomic_file
+from ear_jax.io.download import file_sha256
+from ear_jax.io.reference_stats import ReferenceStatistics, load_reference_statistics, save_reference_statistics
+from ear_jax.metrics.collector import Collected, Collector
+from ear_jax.metrics.features import FeatureNetwork
+from ear_jax.metrics.protocol import ROUNDED_BEFORE, FeatureProtocol
+from ear_jax.metrics.score_types import ImageBatch, ScoreSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Statistics of real images and, where they are known, features of some of them.
+
+    Attributes:
+        statistics: what the Fréchet distances need, and where it comes from.
+        features: a uniform draw of rows [m, D], or None.
+        labels: class ids of these rows, or None.
+    """
+
+    statistics: ReferenceStatistics
+    features: Float[np.ndarray, "m D"] | None = None
+    labels: Int[np.ndarray, " m"] | None = None
+
+
+def feature_protocol(network: FeatureNetwork, image_px: int, *, rounding: str) -> FeatureProtocol:
+    """Return how a network turns images of a size into features, as results record it."""
+    return FeatureProtocol(network.name, network.digest, network.resize, image_px, rounding)
+
+
+def reference_moments(
+    network: FeatureNetwork,
+    batches: Iterable[ImageBatch | tuple],
+    *,
+    source: str,
+    source_digest: str = "",
+    settings: ScoreSettings | None = None,
+) -> Reference:
+    """Measure real images as a reference, in one pass with memory that does not grow with them.
+
+    Args:
+        network: What turns images into features.
+        batches: (images, labels) or ImageBatch; this process's share where there are several.
+        source: What the images are, for the record.
+        source_digest: Identifies them.
+        settings: How many rows of features are kept.
+
+    Raises:
+        DataError: fewer than two images, images of several sizes, or features that are not finite.
+    """
+    settings = settings or ScoreSettings()
+    collector = Collector(
+        network, kept=settings.knn_samples, seed=settings.seed, spatial="spatial" in network.taps, logits=False
+    )
+    for batch in batches:
+        collector.update(batch if isinstance(batch, ImageBatch) else ImageBatch(*batch))
+    return reference_of(network, collector.gathered(), source=source, source_digest=source_digest)
+
+
+def reference_of(network: FeatureNetwork, seen: Collected, *, source: str, source_digest: str) -> Reference:
+    """Return what a collector gathered as a reference; raises DataError without moments."""
+    if seen.statistics is None:
+        raise DataError("a reference needs the moments of the features")
+    statistics = ReferenceStatistics(
+        pooled=seen.statistics,
+        spatial=seen.spatial,
+        features=feature_protocol(network, seen.image_px, rounding=ROUNDED_BEFORE),
+        source=source,
+        source_digest=source_digest or None,
+    )
+    return Reference(statistics, seen.features, seen.labels)
+
+
+def save_reference(path: str | os.PathLike[str], reference: Reference) -> str:
+    """Write the statistics to `path` and the rows beside it; return the SHA-256 of the statistics.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    path = save_reference_statistics(path, reference.statistics)
+    digest = file_sha256(path)
+    if reference.features is not None:
+        labels = reference.labels if reference.labels is not None else np.zeros(0, np.int32)
+        with atomic_file(rows_path(path)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, features=reference.features, labels=labels, belongs_to=np.asarray(digest))
+    return digest
+
+
+def load_reference(path: str | os.PathLike[str]) -> Reference:
+    """Read statistics of any known format, and the rows beside them where they are theirs.
+
+    Raises:
+        DataError: there is no such file, or it is damaged or of another kind.
+        StorageError: it cannot be read.
+    """
+    statistics = load_reference_statistics(path)
+    rows = rows_path(path)
+    if not rows.is_file():
+        return Reference(statistics)
+    try:
+        with open(rows, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            features, labels, owner = arrays["features"], arrays["labels"], str(arrays["belongs_to"])
+    except OSError as error:
+        raise StorageError(f"Cannot read {rows}: {error.strerror or error}.") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{rows} is damaged ({error}). Build it again with --task=stats, or delete it.") from error
+    if owner != statistics.digest:
+        raise DataError(
+            f"{rows} was made with other statistics than {path}. Copy both files, or build them with --task=stats."
+        )
+    return Reference(statistics, features, labels if len(labels) == len(features) else None)
+
+
+def rows_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the rows of a reference lie."""
+    return Path(path).with_suffix(".rows.npz")

@@ -1,0 +1,1 @@
+"""Studies: trained arms side by side, with seeds, tables, plots and verdicts."""

@@ -1,0 +1,100 @@
+"""Running the arms of a study: ordinary run folders driven by the ordinary stages, so that resuming comes for free."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ear_jax import pipeline
+from ear_jax.config import strict
+from ear_jax.config.schema import Config
+from ear_jax.data.sources import digest_of
+from ear_jax.errors import ConfigError
+from ear_jax.io.workdir import read_json, write_json
+from ear_jax.studies.arms import Arm, with_changes
+from ear_jax.tasks.generator import train_generator
+from ear_jax.tasks.latents import cache_latents
+from ear_jax.tasks.session import open_session
+from ear_jax.tasks.tokenizer import train_tokenizer
+
+
+def tokenizer_run(config: Config, folder: Path) -> pipeline.Pipeline:
+    """Train the tokenizer of a configuration in a folder, unless it is there, and load it."""
+    with open_session(config, str(folder)) as session:
+        train_tokenizer(session)
+    return pipeline.load(folder / "tokenizer" / "model")
+
+
+def latents_run(config: Config, folder: Path) -> None:
+    """Make the cache of tokens of a tokenizer run, unless it is there."""
+    with open_session(config, str(folder)) as session:
+        train_tokenizer(session)
+        cache_latents(session)
+
+
+def generator_run(config: Config, folder: Path, tokenizer: Path) -> pipeline.Pipeline:
+    """Train a generator on the tokens of the tokenizer run in `tokenizer`, unless it is there, and load it."""
+    changes = {
+        "tokenizer.source": str(tokenizer / "tokenizer" / "model"),
+        "latents.source": f"latents:{tokenizer / 'latents'}",
+    }
+    with open_session(with_changes(config, changes), str(folder)) as session:
+        train_tokenizer(session)
+        train_generator(session)
+    return pipeline.load(folder / "generator" / "model")
+
+
+def each_seed(
+    config: Config, root: Path, arms: tuple[Arm, ...], seeds: tuple[int, ...]
+) -> Iterator[tuple[Arm, int, Config, Path]]:
+    """Yield every chosen arm with every seed, its configuration and its run folder; says where the study is.
+
+    Raises:
+        ConfigError: an arm is chosen that the study does not have.
+    """
+    known = [arm.name for arm in arms]
+    unknown = [name for name in config.study.arms if name not in known]
+    if unknown:
+        raise ConfigError(f"config.study.arms={config.study.arms!r}: {unknown[0]!r} is none of {', '.join(known)}.")
+    arms = tuple(arm for arm in arms if arm.name in (config.study.arms or known))
+    done, began = 0, time.monotonic()
+    # The first two arms carry the verdict, so they get all their seeds first.
+    order = [(arm, seed) for group in (arms[:2], arms[2:]) for seed in seeds for arm in group]
+    for arm, seed in order:
+        done += 1
+        minutes = (time.monotonic() - began) / 60
+        print(f"study       {arm.name}, seed {seed} ({done} of {len(order)}, {minutes:.0f} min)", flush=True)
+        # A run does not depend on which others are done beside it.
+        own = {**arm.changes, "seed": seed, "study.arms": (arm.name,), "study.seeds": (seed,)}
+        yield arm, seed, with_changes(config, own), root / arm.name / f"seed{seed}"
+        jax.clear_caches()
+
+
+def kept(folder: Path, config: Config, measure: Callable[[], Any], *, name: str = "result") -> Any:
+    """Return the result kept in a run folder if it was measured under this configuration, else measure and keep it."""
+    path = folder / f"{name}.json"
+    made_from = digest_of(json.dumps(strict.to_dict(config), sort_keys=True, default=str))
+    found = read_json(path)
+    if found is not None and found.get("made_from") == made_from:
+        return found["value"]
+    value = measure()
+    write_json(path, {"made_from": made_from, "value": value})
+    return value
+
+
+@contextlib.contextmanager
+def shared_programs(folder: Path) -> Iterator[None]:
+    """Keep compiled programs in a folder, so that the seeds of an arm compile once."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(folder), 1.0), strict=True):
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)

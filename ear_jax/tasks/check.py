@@ -1,0 +1,146 @@
+"""Run every part once for real, on a tiny model or on a given one, and say what holds.
+
+Nothing is written but a temporary folder. What is compared with what is in `bench/model_checks.py` and
+`tasks/component_checks.py`; what cannot be right at all, in `bench/plausibility.py`.
+"""
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ear_jax import pipeline
+from ear_jax.bench.checklist import Checklist, Outcome
+from ear_jax.bench.model_checks import IMAGES, ModelChecks
+from ear_jax.bench.plausibility import cpu_flops_bound
+from ear_jax.bench.tiny_model import tiny_config, tiny_tensors
+from ear_jax.config.schema import Config
+from ear_jax.data.sources import open_split
+from ear_jax.errors import CheckError, ConfigError
+from ear_jax.io import model_folder
+from ear_jax.io.workdir import Workdir
+from ear_jax.metrics.features import ClassifierFeatures
+from ear_jax.pipeline import Pipeline
+from ear_jax.tasks import component_checks as components
+from ear_jax.tasks.recorded_checks import accuracies_add_up, utilisation_is_possible
+from ear_jax.training.hardware import peak_flops_per_s
+
+
+def run(config: Config, workdir: str, *, model: str | None = None) -> None:
+    """Check `model`, else the model of the workdir, else a tiny model of the configuration's family.
+
+    Raises:
+        CheckError: something does not hold; the table says what.
+        ConfigError: `model` is no model, or the configuration's parts make none.
+    """
+    place = model or _model_of(workdir)
+    checklist = Checklist()
+    with tempfile.TemporaryDirectory(prefix="ear_jax_check_") as folder:
+        if place is None:
+            title = _check_tiny(checklist, config, Path(folder))
+        else:
+            title = _check_model(checklist, pipeline.load(place), Path(folder))
+    records = Workdir(workdir)
+    if records.ledger.is_file():
+        checklist.run("recorded utilisation", lambda: utilisation_is_possible(records.ledger))
+    if records.evaluation.is_file():
+        checklist.run("recorded evaluation", lambda: accuracies_add_up(records.evaluation))
+    devices = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
+    checklist.print(f"{title} on {devices}")
+    if checklist.broken:
+        names = ", ".join(line.name for line in checklist.broken)
+        raise CheckError(f"{len(checklist.broken)} of {len(checklist.lines)} checks do not hold: {names}.")
+
+
+def _check_tiny(checklist: Checklist, config: Config, folder: Path) -> str:
+    tiny = tiny_config(config)
+    source = open_split(tiny.data, "eval", seed=tiny.seed)
+    rows = source.batch(np.arange(len(source)), np.zeros(len(source), bool))
+    batch = {name: values[:IMAGES] for name, values in rows.items()}
+    made: list[Pipeline] = []
+
+    def build_model() -> Outcome:
+        made.append(Pipeline(tiny, source.class_names, tiny_tensors(tiny)))
+        return Outcome(f"{_parameters(made[0]) / 1e3:.0f} thousand parameters, none of them zero")
+
+    if checklist.run("model", build_model):
+        _check_use(checklist, made[0], folder, batch["image"], is_trained=False)
+        cached = functools.partial(_cached, made[0], batch)
+        checklist.run("generator update", lambda: components.updates_generator(tiny, made[0].spec, cached()))
+    checklist.run("tokenizer update", lambda: components.updates_tokenizer(tiny, batch))
+    checklist.run("energy score", lambda: components.scores_energy_without_bias(tiny))
+    judges: list[ClassifierFeatures] = []
+    checklist.run("judge", lambda: components.trains_judge(tiny, source, judges.append))
+    if made and judges:
+        ids = np.resize(np.arange(len(source.class_names)), len(source))
+        samples = functools.partial(made[0].sample, ids, batch_size=IMAGES)
+        checklist.run("scores of samples", lambda: components.scores_sets(judges[0], rows, samples(), ids))
+        decoded = lambda: made[0].decode(made[0].encode(batch["image"]))  # noqa: E731
+        checklist.run(
+            "scores of reconstructions", lambda: components.scores_reconstructions(judges[0], batch, decoded())
+        )
+    generator = tiny.generator
+    return f"A tiny {tiny.tokenizer.name} with a {generator.backbone.name} backbone"
+
+
+def _check_model(checklist: Checklist, model: Pipeline, folder: Path) -> str:
+    images = model.sample(np.arange(IMAGES) % len(model.class_names)) if model.generator is not None else _noise(model)
+    _check_use(checklist, model, folder, images)
+    return f"{model.path}: {model.config.name}, {_parameters(model) / 1e6:.1f} million parameters"
+
+
+def _check_use(
+    checklist: Checklist, model: Pipeline, folder: Path, images: np.ndarray, *, is_trained: bool = True
+) -> None:
+    """Run what holds for any model; the first calls of each program compile it."""
+    checks = ModelChecks(model, is_trained=is_trained)
+    checklist.run("encode", lambda: checks.encodes(images))
+    checklist.run("decode", lambda: checks.decodes(images))
+    checklist.run("save and load", lambda: checks.same_after_saving(folder))
+    if model.generator is None:
+        return
+    checklist.run("tokens", checks.draws_tokens)
+    checklist.run("stages and whole", checks.stages_make_the_whole)
+    checklist.run("label", checks.depends_on_the_label)
+    checklist.run("noise", checks.depends_on_the_noise)
+    checklist.run("repetition", checks.repeats_itself)
+    peak, name = _peak(model)
+    checklist.run("times", lambda: checks.takes_possible_times(peak, name))
+
+
+def _peak(model: Pipeline) -> tuple[float, str]:
+    """Return FLOP/s that this process cannot exceed, infinite for devices whose peak is not known, and what it is."""
+    device, count = jax.local_devices()[0], jax.local_device_count()
+    if device.platform == "cpu":
+        return cpu_flops_bound(model.config.generator_training.compute_dtype), "what no processor exceeds"
+    known = peak_flops_per_s(device.device_kind)
+    return (float("inf"), "an unknown peak") if known is None else (known * count, "the peak")
+
+
+def _model_of(workdir: str) -> str | None:
+    with contextlib.suppress(ConfigError):
+        model_folder.find(workdir)
+        return workdir
+    return None
+
+
+def _cached(model: Pipeline, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch of images as the generator's training reads it."""
+    named = {"label": batch["label"], "index": batch["index"]}
+    for number, level in enumerate(map(np.asarray, model.encode(batch["image"]).levels)):
+        named |= {f"level_{number}": level} if level.ndim == 2 else {"mean": level, "std": np.full_like(level, 0.1)}
+    return named
+
+
+def _noise(model: Pipeline) -> np.ndarray:
+    side = model.spec.image_px
+    return np.random.default_rng(0).integers(0, 256, (IMAGES, side, side, 3), np.uint8)
+
+
+def _parameters(model: Pipeline) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves((model.tokenizer_arrays, model.generator_arrays)))

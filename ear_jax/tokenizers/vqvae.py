@@ -1,0 +1,91 @@
+"""VAR's autoencoder: one latent map as a pyramid of discrete grids (arXiv 2404.02905)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ear_jax.tokenizers.autoencoder import Decoder, Encoder, latent_grid
+from ear_jax.tokenizers.latents import LatentTokenizer
+from ear_jax.tokenizers.scale_quantiser import QuantiserTraining, ScaleQuantiser
+from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
+
+
+class VQVAE(LatentTokenizer):
+    """One discrete level `scale_<grid>` a scale; the ids of any first scales decode.
+
+    The published one: channels 160, multipliers (1, 1, 2, 2, 4), 32 latent channels, 4096 codes (108.95 M parameters).
+    Attention stands after each block of the lowest resolution, in encoder and decoder. Latent statistics have no use
+    here and stay at zero and one.
+
+    Raises:
+        ValueError: the image cannot be halved between all levels, or the last scale is not the latent's grid.
+    """
+
+    convolve_last = True
+
+    def __init__(
+        self,
+        *,
+        image_px: int,
+        channels: int = 160,
+        multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        blocks: int = 2,
+        latent_channels: int = 32,
+        codes: int = 4096,
+        scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        residual_convolutions: int = 4,
+        residual_ratio: float = 0.5,
+        use_cosine: bool = False,
+        commitment_weight: float = 0.25,
+        projection_kernel: int = 3,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(latent_channels)
+        grid = latent_grid(image_px, multipliers)
+        if scales[-1:] != (grid,):
+            raise ValueError(f"scales={scales} must end with the latent's grid, {grid} for image_px={image_px}")
+        self.latent_channels = latent_channels
+        self.latent_grid = grid
+        self.spec = TokenizerSpec(
+            image_px, tuple(LevelSpec(f"scale_{scale}", scale, "discrete", codes) for scale in scales)
+        )
+        sizes = {
+            "channels": channels,
+            "multipliers": multipliers,
+            "blocks": blocks,
+            "attention_levels": (len(multipliers) - 1,),
+            "projection_kernel": projection_kernel,
+        }
+        self.encoder = Encoder(out_channels=latent_channels, **sizes, dtype=dtype, rngs=rngs)
+        self.quantiser = ScaleQuantiser(
+            scales=scales,
+            codes=codes,
+            channels=latent_channels,
+            residual_convolutions=residual_convolutions,
+            residual_ratio=residual_ratio,
+            use_cosine=use_cosine,
+            commitment_weight=commitment_weight,
+            convolve_last=self.convolve_last,
+            rngs=rngs,
+        )
+        self.decoder = Decoder(latent_channels=latent_channels, **sizes, dtype=dtype, rngs=rngs)
+
+    def posterior(self, images: Float[Array, "B h w 3"]) -> Posterior:
+        """Encode images in [-1, 1] to the ids of each scale."""
+        ids, _ = self.quantiser.quantise(self.encoder(images))
+        return Posterior(ids, None, None)
+
+    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w 3"]:
+        """Decode the ids of all scales, or of the first few, to float32 images."""
+        return self.decode_map(self.quantiser.running_maps(tokens.levels)[-1], clamp=clamp)
+
+    def decode_map(self, f_hat: Float[Array, "B i j c"], *, clamp: bool = True) -> Float[Array, "B h w 3"]:
+        """Decode a map that a generator accumulated scale by scale."""
+        images = self.decoder(f_hat)
+        return jnp.clip(images, -1.0, 1.0) if clamp else images
+
+    def train_latent(self, features: Float[Array, "B h w c"]) -> QuantiserTraining:
+        """Quantise the encoder's output with straight-through gradients; decode `.map`, add `.loss` to the others."""
+        return self.quantiser.train(features)

@@ -1,0 +1,84 @@
+"""Images to be scored: folders and archives as people have them, and those of which no score could be trusted."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ear_jax.errors import DataError
+from ear_jax.io.image_sets import open_image_set
+from ear_jax.io.pictures import save_grid, save_images, save_npz
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 12, 12, 3), dtype=np.uint8)
+LABELS = np.asarray([0, 1, 1, 0, 1, 0, 0])
+IDS = {"ring": 0, "star": 1}
+
+
+def read(images, size=3) -> np.ndarray:
+    return np.concatenate(list(images.read(size)))
+
+
+def test_a_folder_of_samples_gives_images_and_the_classes_in_their_names(tmp_path):
+    save_images(tmp_path, IMAGES, LABELS, class_names=("ring", "star"))
+    save_grid(tmp_path / "grid.png", IMAGES)
+    images = open_image_set(tmp_path, class_ids=IDS)
+    assert (images.count, images.image_px) == (7, 12)
+    np.testing.assert_array_equal(read(images), IMAGES)
+    np.testing.assert_array_equal(images.labels, LABELS)
+    assert "grid.png" in images.notes[0]
+    assert open_image_set(tmp_path, class_ids={"ring": 0}).labels is None
+    assert open_image_set(tmp_path).labels is None
+
+
+def test_folders_of_classes_give_the_classes(tmp_path):
+    for index, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
+        folder = tmp_path / ("star" if label else "ring")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    images = open_image_set(tmp_path, class_ids=IDS)
+    np.testing.assert_array_equal(images.labels, np.sort(LABELS))
+    np.testing.assert_array_equal(read(images), IMAGES[np.argsort(LABELS, kind="stable")])
+
+
+def test_an_archive_is_read_in_batches_with_its_labels(tmp_path):
+    save_npz(tmp_path / "samples.npz", IMAGES, LABELS)
+    images = open_image_set(tmp_path / "samples.npz")
+    assert (images.count, images.image_px) == (7, 12)
+    np.testing.assert_array_equal(read(images), IMAGES)
+    np.testing.assert_array_equal(images.labels, LABELS)
+    np.savez(tmp_path / "bare.npz", IMAGES)
+    assert open_image_set(tmp_path / "bare.npz").labels is None
+
+
+def test_the_digest_is_that_of_the_content(tmp_path):
+    for name, images in {"a": IMAGES, "b": IMAGES, "c": IMAGES[::-1]}.items():
+        save_npz(tmp_path / f"{name}.npz", images, LABELS)
+    a, b, c = (open_image_set(tmp_path / f"{name}.npz").digest for name in "abc")
+    assert a == b != c
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"neither a folder nor an \.npz file"):
+        open_image_set(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no images in"):
+        open_image_set(tmp_path)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
+    Image.fromarray(IMAGES[1, :8, :8]).save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"several sizes .* 0\.png is 12 x 12, 1\.png is 8 x 8"):
+        open_image_set(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1\.png cannot be read: not an image"):
+        open_image_set(tmp_path)
+    Image.fromarray(IMAGES[1]).save(tmp_path / "1.png")
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"1\.png cannot be read: damaged"):
+        read(open_image_set(tmp_path))
+    (tmp_path / "1.png").unlink()
+    Image.fromarray(IMAGES[0, :8]).save(tmp_path / "0.png")
+    with pytest.raises(DataError, match="12 x 8 pixels; expected squares"):
+        open_image_set(tmp_path)
+
+
+def test_lossy_files_are_told(tmp_path):
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.jpg")
+    assert "JPEG" in open_image_set(tmp_path).notes[0]

@@ -1,0 +1,544 @@
+"""Reading published weight files without torch: exact arrays, and a refusal without side effect of everything else."""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import tracemalloc
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from torch_files import UNTYPED, Entry, Raw, View, encode, save, tensor_code, write_archive, zip_bytes
+
+from ear_jax.errors import DataError
+from ear_jax.io import safetensors_file, torch_unpickler
+from ear_jax.io.torch_reader import open_tensors, read_tensors
+
+FLOAT = "torch\nFloatStorage"
+FOUR = np.arange(4, dtype="<f4").tobytes()
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_WATCHED = ("exec", "import", "compile", "os.", "subprocess.", "pickle.", "shutil.", "socket.", "ctypes.", "marshal.")
+_events: list[str] | None = None
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if _events is not None:
+        is_writing = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if is_writing or event.startswith(_WATCHED):
+            _events.append(f"{event} {arguments!r}"[:200])
+
+
+sys.addaudithook(_hook)
+
+
+@pytest.fixture
+def audited() -> Iterator[list[str]]:
+    """What the interpreter did meanwhile that reading must not do: import, run, start, write."""
+    global _events
+    _events = []
+    yield _events
+    _events = None
+
+
+def _tree() -> dict:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=24).astype(np.float32)
+    return {
+        "plain": rng.normal(size=(3, 5)).astype(np.float32),
+        "transposed": View(base, (6, 4), (1, 6)),
+        "strided": View(base, (2, 3), (12, 2), 7),
+        "parameter": View(base, (2, 2), (2, 1), 1, is_parameter=True),
+        "repeated": View(base, (3, 2), (0, 1), 4),
+        "scalar": np.array(2.5, np.float32),
+        "one by one": View(base, (1, 1, 2), (999, 7, 5)),
+        "empty": np.zeros((0, 5), np.float64),
+        **{str(dtype): _random(rng, dtype) for dtype in _DTYPES},
+        **{str(dtype): _random(rng, dtype) for dtype in UNTYPED},
+    }
+
+
+_DTYPES = [np.dtype(name) for name in ("f8", "f4", "f2", "c8", "i8", "i4", "i2", "i1", "u1", "?")] + [BFLOAT16]
+
+
+def _random(rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
+    numbers = rng.normal(size=(4, 3)) * 20
+    return (np.abs(numbers) if dtype.kind == "u" else numbers).astype(dtype)
+
+
+def _expected(value: np.ndarray | View) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    strides = [step * value.data.itemsize for step in value.strides]
+    return np.lib.stride_tricks.as_strided(value.data[value.offset :], value.shape, strides)
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_every_layout_and_type_is_exact(tmp_path, big_endian):
+    tree = _tree()
+    path = save(tmp_path / "weights.pth", {"model": tree, "epoch": 3}, big_endian=big_endian)
+    found = read_tensors(path)
+    assert list(found) == list(tree)
+    for name, value in tree.items():
+        wanted = _expected(value)
+        assert found[name].dtype == wanted.dtype and found[name].shape == wanted.shape, name
+        assert found[name].tobytes() == wanted.tobytes(), name
+
+
+def test_arrays_are_read_only_views_and_only_the_wanted_table_is_made(tmp_path):
+    big = np.zeros((1 << 20,), np.float32)
+    path = save(tmp_path / "weights.pt", {"model": {"a": big}, "model_ema": {"a": big.copy()}, "optimizer": {"m": big}})
+    tracemalloc.start()
+    found = read_tensors(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < big.nbytes / 2 and not found["a"].flags.writeable and not found["a"].flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        found["a"][0] = 1
+
+
+def _training_metadata() -> dict:
+    namespace = Raw(b"cargparse\nNamespace\n)\x81" + encode({"model": "mar_base", "lr": 1e-4}, {}) + b"b")
+    number = Raw(
+        b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00f8\x89\x88\x87R"
+        b"(K\x03X\x01\x00\x00\x00<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"c_codecs\nencode\nX\x02\x00\x00\x00abX\x06\x00\x00\x00latin1\x86R\x86R"
+    )
+    return {
+        "optimizer": {"state": {0: {"step": np.array(3.0, np.float32), "exp_avg": np.ones(2, np.float32)}}},
+        "epoch": 3,
+        "scaler": {"scale": 65536.0, "growth_tracker": None},
+        "args": namespace,
+        "best": number,
+        "device": Raw(b"ctorch\ndevice\nX\x03\x00\x00\x00cpu\x85R"),
+        "path": Raw(b"cpathlib\nPosixPath\nX\x01\x00\x00\x00a\x85R"),
+        "names": Raw(b"c__builtin__\nset\n](K\x01e\x85R"),
+        "size": Raw(b"ctorch\nSize\n(K\x01K\x02t\x85R"),
+        "default": Raw(b"ccollections\ndefaultdict\nc__builtin__\ndict\n\x85R(K\x01K\x02u"),
+        "flags": [True, False, None, -1, 1 << 40, "é", (1.5, "x")],
+    }
+
+
+def _one(value: float) -> dict:
+    return {"w": np.full((2,), value, np.float32)}
+
+
+def test_a_training_checkpoint_gives_its_averaged_weights_or_those_that_are_named(tmp_path):
+    tables = {"model": _one(1), "model_ema": _one(2)}
+    path = save(tmp_path / "checkpoint-last.pth", tables | _training_metadata())
+    assert open_tensors(path).table == "model_ema" and read_tensors(path)["w"][0] == 2
+    assert read_tensors(path, weights="model")["w"][0] == 1
+    assert read_tensors(path, preferred=("model",))["w"][0] == 1
+    with pytest.raises(
+        DataError, match=r"weights='ema': there is no such table. It holds model \(1 tensors\), model_e"
+    ):
+        read_tensors(path, weights="ema")
+
+
+@pytest.mark.parametrize(
+    ("tree", "table"),
+    [
+        (_one(1), ""),
+        ({"state_dict": _one(1), "epoch": 3}, "state_dict"),
+        ({"model": _one(1), "ema": _one(2), "opt": {"state": {}}}, "ema"),
+        ({"trainer": {"var_wo_ddp": _one(1), "vae_local": _one(2)}, "epoch": 9}, "trainer.var_wo_ddp"),
+        ({"anything": _one(1)}, "anything"),
+    ],
+)
+def test_auto_finds_the_table_where_the_published_trainers_put_it(tmp_path, tree, table):
+    assert open_tensors(save(tmp_path / "w.pth", tree)).table == table
+
+
+def test_tables_by_path_by_last_word_and_by_the_beginning_of_names(tmp_path):
+    trainer = {"trainer": {"var_wo_ddp": _one(1), "vae_local": _one(2)}, "other": {"vae_local": _one(3)}}
+    path = save(tmp_path / "w.pth", trainer)
+    assert read_tensors(path, weights="var_wo_ddp")["w"][0] == 1
+    assert read_tensors(path, weights="trainer.vae_local")["w"][0] == 2
+    with pytest.raises(DataError, match="several tables end so"):
+        read_tensors(path, weights="vae_local")
+    with pytest.raises(DataError, match=r"several tables of tensors.*say which"):
+        read_tensors(save(tmp_path / "two.pth", {"a": _one(1), "b": _one(2)}))
+    flat = {"first_stage_model.w": _one(4)["w"], "model.w": _one(5)["w"]}
+    for path in (save(tmp_path / "flat.pth", {"state_dict": flat}), tmp_path / "flat.safetensors"):
+        safetensors.numpy.save_file(flat, tmp_path / "flat.safetensors")
+        assert read_tensors(path, weights="first_stage_model")["w"][0] == 4
+        with pytest.raises(
+            DataError, match=r"Its names begin with: (first_stage_model, model|model, first_stage_model)"
+        ):
+            read_tensors(path, weights="decoder")
+
+
+def test_safetensors_are_read_as_the_library_wrote_them_whatever_the_suffix(tmp_path):
+    tree = {name: np.ascontiguousarray(_expected(value)) for name, value in _tree().items() if "f" not in name[:6]}
+    tree |= {"bf16": np.ones((2, 2), BFLOAT16), "scalar": np.array(1.5, np.float16), "none": np.zeros((3, 0), np.int32)}
+    safetensors.numpy.save_file(tree, tmp_path / "weights.ckpt", metadata={"format": "pt"})
+    found = read_tensors(tmp_path / "weights.ckpt")
+    assert found.keys() == tree.keys()
+    for name, value in tree.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def test_safetensors_written_one_array_at_a_time_are_what_the_library_reads(tmp_path):
+    tree = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.array(7, np.int64),
+        "half": np.ones(3, BFLOAT16),
+    }
+    record = safetensors_file.write(tmp_path / "out.safetensors", tree)
+    assert record["bytes"] == (tmp_path / "out.safetensors").stat().st_size and record["tensors"] == 3
+    entries = dict(safetensors.deserialize((tmp_path / "out.safetensors").read_bytes()))
+    for name, value in tree.items():
+        assert bytes(entries[name]["data"]) == value.tobytes() and tuple(entries[name]["shape"]) == value.shape
+    assert list(read_tensors(tmp_path / "out.safetensors")) == ["a", "b", "half"]
+
+
+class _Runs:
+    """Pickles to a call of `function(*arguments)`."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def _pickled(*values) -> bytes:
+    return pickle.dumps({"model": values}, protocol=2)
+
+
+def _program(inner: bytes) -> bytes:
+    """A pickle of {"w": inner}."""
+    return b"\x80\x02}X\x01\x00\x00\x00w" + inner + b"s."
+
+
+def _claims(kind=FLOAT, key="0", elements=4, offset=0, shape=(2, 2), strides=(2, 1), **more) -> bytes:
+    return _program(tensor_code(kind, key, elements, offset, shape, strides, **more))
+
+
+def _pathological(identity: object) -> bytes:
+    return _program(encode(identity, {}) + b"Q")
+
+
+_NAMED = Raw(f"c{FLOAT}\n".encode())
+
+HOSTILE_PICKLES = {
+    # calls
+    "os.system": (_pickled(_Runs(os.system, "touch harm")), "posix.system"),
+    "eval": (_pickled(_Runs(eval, "open('harm', 'w')")), "builtins.eval"),
+    "exec in an argument": (_pickled(_Runs(print, _Runs(exec, "harm = 1"))), "builtins.print"),
+    "getattr chain": (_pickled(_Runs(getattr, _Runs(__import__, "os"), "system")), "builtins.getattr"),
+    "import": (_program(b"c__builtin__\n__import__\nX\x02\x00\x00\x00os\x85R"), "builtins.__import__"),
+    "dotted name": (_program(b"ctorch\nserialization.os.system\n"), "torch.serialization.os.system"),
+    "dotted module": (_program(b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n"), "__globals__"),
+    "name from the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.", "os.system"),
+    "name that is no text": (b"\x80\x04K\x01K\x02\x93.", "not text"),
+    "nested torch.load": (_program(b"ctorch.storage\n_load_from_bytes\nC\x01a\x85R"), "_load_from_bytes"),
+    "numpy.load": (_program(b"cnumpy\nload\nX\x01\x00\x00\x00a\x85R"), "numpy.load"),
+    "call of a mere name": (_program(b"c__builtin__\ndict\n)R"), "may only be|does not take"),
+    "call of a text": (_program(b"X\x01\x00\x00\x00f)R"), "calls a str"),
+    "call of metadata": (_program(b"cargparse\nNamespace\n)R)R"), "calls a Inert"),
+    "subclass of a tensor": (_program(b"ctorch._tensor\n_rebuild_from_type_v2\n)R"), "_rebuild_from_type_v2"),
+    "quantised tensor": (_program(b"ctorch._utils\n_rebuild_qtensor\n)R"), "_rebuild_qtensor"),
+    "sparse tensor": (_program(b"ctorch._utils\n_rebuild_sparse_tensor\n)R"), "_rebuild_sparse_tensor"),
+    # attributes
+    "BUILD on a class": (_program(b"cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb"), "attributes of a Name"),
+    "BUILD on a list": (_program(b"]}b"), "attributes of a list"),
+    "BUILD on a tensor": (_claims()[:-2] + b"}bs.", "attributes of a Tensor"),
+    "__setstate__": (_program(b"ccollections\nOrderedDict\n)R(K\x01tb"), "attributes of a dict"),
+    # instructions that weights do not need
+    "INST": (_program(b"(ios\nsystem\n"), "instruction 'i'"),
+    "OBJ": (_program(b"(cargparse\nNamespace\no"), "instruction 'o'"),
+    "NEWOBJ_EX": (_program(b"cargparse\nNamespace\n)}\x92"), "instruction"),
+    "EXT1": (_program(b"\x82\x01"), "instruction"),
+    "PERSID": (_program(b"P0\n"), "instruction 'P'"),
+    "LONG4 of a billion bytes": (_program(b"\x8b\xff\xff\xff\x7f"), "instruction"),
+    "buffers": (_program(b"\x97"), "instruction"),
+    # the machine
+    "protocol 6": (b"\x80\x06N.", "protocols 2 to 5"),
+    "protocol 0": (b"(dp0\n.", "protocols"),
+    "no STOP": (b"\x80\x02}", "cut"),
+    "STOP twice": (b"\x80\x02}.}.", "over"),
+    "stack left over": (b"\x80\x02}}.", "over"),
+    "stack underflow": (b"\x80\x02}sss.", "not there"),
+    "no mark": (b"\x80\x02}u.", "not there"),
+    "mark as a value": (b"\x80\x02(.", "over"),
+    "memo never put": (b"\x80\x02h\x07.", "not there"),
+    "memo index of four billion": (b"\x80\x02}r\xff\xff\xff\xffj\xfe\xff\xff\xff.", "not there"),
+    "text longer than the file": (_program(b"X\xff\xff\xff\xffab"), "not there"),
+    "bytes longer than memory": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "not there"),
+    "text that is no text": (_program(b"X\x02\x00\x00\x00\xff\xfe"), "not UTF-8"),
+    "endless name": (_program(b"c" + b"a" * 5000), "without an end"),
+    "dictionary as a key": (b"\x80\x02}}}s.", "dict as a key"),
+    "huge number as a key": (b"\x80\x02}\x8a\xff" + b"\x7f" * 255 + b"Ns.", "int as a key"),
+    "deep tuple as a key": (b"\x80\x02}" + b")" + b"\x85" * 20_000 + b"Ns.", "tuple as a key"),
+    "key twice": (b"\x80\x02}(X\x01\x00\x00\x00wNX\x01\x00\x00\x00wNu.", "twice"),
+    "odd items": (b"\x80\x02}(X\x01\x00\x00\x00wu.", "items"),
+    "append to a tuple": (b"\x80\x02)Na.", "appends to a tuple"),
+    "deep nesting": (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "no table of tensors"),
+    "a list inside itself": (
+        b"\x80\x02}q\x00X\x01\x00\x00\x00w]q\x01h\x01asX\x01\x00\x00\x00vh\x00s.",
+        "no table",
+    ),
+    # persistent ids
+    "persistent id of text": (_pathological("0"), "persistent id"),
+    "persistent id of four": (_pathological(("storage", _NAMED, "0", "cpu")), "persistent id"),
+    "persistent id of a module": (_pathological(("module", _NAMED, "0", "cpu", 4)), "persistent id"),
+    "persistent id with a text as type": (_pathological(("storage", "FloatStorage", "0", "cpu", 4)), "persistent id"),
+    "persistent id with a number as key": (_pathological(("storage", _NAMED, 0, "cpu", 4)), "persistent id"),
+    "storage of a wrong type": (_claims("torch\ndevice"), "has the type"),
+    "quantised storage": (_claims("torch\nQInt8Storage"), "QInt8Storage"),
+    "storage that is not there": (_claims(key="1"), "not in the archive"),
+    "storage outside the archive": (_claims(key="../../etc/passwd"), "not in the archive"),
+    "storage that is the pickle": (_claims(key="../data.pkl"), "not in the archive"),
+    # sizes
+    "more elements than bytes": (_claims(elements=5), "claims 5 elements"),
+    "fewer elements than bytes": (_claims(elements=3), "claims 3 elements"),
+    "half as many bytes each": (_claims("torch\nHalfStorage"), "claims 4 elements of float16"),
+    "elements below zero": (_claims(elements=-4), "claims -4"),
+    "elements as truth": (_claims(elements=True), "claims"),
+    "elements beyond 64 bits": (_claims(elements=1 << 80), "claims"),
+    "storage of two types": (
+        b"\x80\x02("
+        + tensor_code(FLOAT, "0", 4, 0, (4,), (1,))
+        + tensor_code("torch\nIntStorage", "0", 4, 0, (4,), (1,))
+        + b"t.",
+        "both as float32 and as int32",
+    ),
+    "another type on the storage": (_claims(dtype="bfloat16"), "bfloat16 lies on a storage of float32"),
+    "no type at all": (_claims("torch.storage\nUntypedStorage", elements=16), "tensor of None"),
+    "a device as type": (_claims("torch.storage\nUntypedStorage", elements=16, dtype="device"), "no element type"),
+    "offset beyond the storage": (_claims(offset=1), "element 4 of a storage of 4"),
+    "offset far beyond": (_claims(offset=1 << 62), "begins at element"),
+    "offset below zero": (_claims(offset=-1), "begins at element -1"),
+    "shape beyond the storage": (_claims(shape=(2, 3), strides=(3, 1)), "element 5"),
+    "shape below zero": (_claims(shape=(-2, -2)), "at least 0"),
+    "shape as text": (_claims(shape="ab"), "at least 0"),
+    "shape of floats": (_claims(shape=(2.0, 2)), "at least 0"),
+    "strides below zero": (_claims(offset=3, strides=(-2, -1)), "at least 0"),
+    "strides beyond the storage": (_claims(strides=(1 << 61, 1)), "reaches element"),
+    "strides too few": (_claims(strides=(1,)), "2 axes and 1 strides"),
+    "elements that overflow": (_claims(shape=(1 << 32, 1 << 32), strides=(0, 0)), "larger than its file"),
+    "repeated beyond memory": (_claims(shape=(1 << 40,), strides=(0,)), "larger than its file"),
+    "no elements of endless size": (_claims(shape=(0, 1 << 40, 1 << 40), strides=(1, 1, 1)), "larger than its file"),
+    "a hundred axes": (_claims(shape=(1,) * 100, strides=(1,) * 100), "64"),
+    "a hundred thousand axes": (_program(b"ctorch\nSize\n(" + b"K\x01" * 100_000 + b"t\x85R"), "64"),
+    "tensor on no storage": (
+        _program(b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00)))\x89tR"),
+        "no storage|does not take",
+    ),
+    "tensor of too few parts": (_program(b"ctorch._utils\n_rebuild_tensor_v2\n)R"), "does not take"),
+    "negated tensor": (_claims(metadata={"neg": True}), "negated"),
+    "parameter of a text": (
+        _program(b"ctorch._utils\n_rebuild_parameter\nX\x01\x00\x00\x00a\x88}\x87R"),
+        "holds no tensor",
+    ),
+}
+
+
+def test_sound_claims_are_accepted(tmp_path):
+    """The hostile claims below differ from this one in a single value."""
+    assert read_tensors(write_archive(tmp_path / "w.pth", _claims(), {"0": FOUR}))["w"].tolist() == [[0, 1], [2, 3]]
+
+
+def _refusal(path: Path, audited: list[str], match: str) -> str:
+    before = sorted(item.name for item in path.parent.iterdir())
+    audited.clear()
+    with pytest.raises(DataError, match=match) as caught:
+        read_tensors(path)
+    assert not audited, audited
+    assert sorted(item.name for item in path.parent.iterdir()) == before
+    text = str(caught.value)
+    assert str(path) in text and len(text) < 1200
+    return text
+
+
+@pytest.mark.parametrize("name", HOSTILE_PICKLES)
+def test_hostile_pickles_are_refused_without_a_side_effect(tmp_path, audited, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    program, match = HOSTILE_PICKLES[name]
+    _refusal(write_archive(tmp_path / "weights.pth", program, {"0": FOUR}), audited, match)
+
+
+def _archive(*entries: Entry, **claims: int) -> bytes:
+    return zip_bytes(list(entries), claims=claims)
+
+
+_PICKLE = Entry("a/data.pkl", _claims())
+_STORAGE = Entry("a/data/0", FOUR)
+_SOUND = zip_bytes([_PICKLE, _STORAGE])
+_BOMB = zlib.compress(bytes(1 << 20))[2:-4]
+
+
+def _other(entry: Entry, **changes) -> Entry:
+    return dataclasses.replace(entry, **changes)
+
+
+def _tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("../harm"))
+    return file.getvalue()
+
+
+def _with_zip64(locator_to: int) -> bytes:
+    """The sound archive with a zip64 end record whose locator points somewhere else."""
+    end = _SOUND[-22:]
+    return _SOUND[:-22] + struct.pack("<4sLQL", b"PK\x06\x07", 0, locator_to, 1) + end
+
+
+def _safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+def _record(begin: object = 0, end: object = 8, shape: object = (2,), dtype: object = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HOSTILE_FILES = {
+    # what is no archive at all
+    "empty file": (b"", "is empty"),
+    "web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS pointer"),
+    "legacy magic number": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "before 2020"),
+    "bare pickle that runs": (_pickled(_Runs(os.system, "touch harm")), "bare pickle"),
+    "tar": (_tar(), "tar archive"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(40), "gzip"),
+    "noise": (bytes(range(7, 200)), "neither safetensors nor"),
+    "one byte": (b"P", "neither"),
+    # what is no archive of torch
+    "no data.pkl": (_archive(_STORAGE), "one data.pkl"),
+    "two data.pkl": (_archive(_PICKLE, _other(_PICKLE, name="b/data.pkl"), _STORAGE), "one data.pkl"),
+    "data.pkl without a folder": (_archive(_other(_PICKLE, name="data.pkl")), "one data.pkl"),
+    "TorchScript": (_archive(_PICKLE, Entry("a/constants.pkl", b""), Entry("a/code/x.py", b"")), "TorchScript"),
+    "byte order of neither end": (_archive(_PICKLE, _STORAGE, Entry("a/byteorder", b"middle")), "byte order"),
+    # the archive
+    "compressed storage": (_archive(_PICKLE, _other(_STORAGE, data=_BOMB, method=8, size=1 << 20)), "compressed"),
+    "compressed pickle": (_archive(_other(_PICKLE, data=_BOMB, method=8, size=1 << 20), _STORAGE), "compressed"),
+    "stored, but smaller than it unpacks to": (
+        _archive(_PICKLE, _other(_STORAGE, size=1 << 30, packed=16)),
+        "compressed",
+    ),
+    "entry of four gigabytes": (_archive(_PICKLE, _other(_STORAGE, size=0xFFFFFFF0)), "runs into"),
+    "encrypted": (_archive(_PICKLE, _other(_STORAGE, flags=1)), "encrypted"),
+    "entry into the next": (_archive(_PICKLE, _other(_STORAGE, size=17), Entry("a/z", b"")), "runs into"),
+    "entry into the directory": (_archive(_PICKLE, _other(_STORAGE, size=60)), "runs into"),
+    "two entries on the same bytes": (
+        _archive(_PICKLE, _STORAGE, _other(_STORAGE, header=0, name="a/x")),
+        "another name",
+    ),
+    "the same header twice": (
+        _archive(_PICKLE, _STORAGE, Entry("a/data/1", b"", header=0, local_name="a/data.pkl")),
+        "another name",
+    ),
+    "header beyond the file": (_archive(_PICKLE, _other(_STORAGE, header=1 << 30)), "no header"),
+    "header of another name": (_archive(_PICKLE, _other(_STORAGE, local_name="a/data/7")), "another name"),
+    "name twice": (_archive(_PICKLE, _STORAGE, _STORAGE), "stands twice"),
+    "name that climbs": (_archive(_PICKLE, _STORAGE, Entry("a/../../harm", b"x")), "unsafe name"),
+    "absolute name": (_archive(_PICKLE, _STORAGE, Entry("/etc/harm", b"x")), "unsafe name"),
+    "name with a backslash": (_archive(_PICKLE, _STORAGE, Entry("a\\harm", b"x")), "unsafe name"),
+    "name with a zero byte": (_archive(_PICKLE, _STORAGE, Entry("a/b\0c", b"x")), "unsafe name"),
+    "name that is no text": (_archive(_PICKLE, _STORAGE, Entry(b"a/\xff", b"x")), "not text"),
+    "directory of four billion entries": (_archive(_PICKLE, _STORAGE, count=0xFFFF), "malformed or shorter"),
+    "directory of too few entries": (_archive(_PICKLE, _STORAGE, count=1), "beyond its 1 entries"),
+    "directory before the file": (_archive(_PICKLE, _STORAGE, start=1 << 31), "directory claims"),
+    "directory larger than the file": (_archive(_PICKLE, _STORAGE, size=1 << 31), "directory claims"),
+    "zip64 record beyond the file": (_with_zip64(1 << 60), "zip64"),
+    "zip64 record that is none": (_with_zip64(0), "zip64"),
+    "zip64 size without its field": (_archive(_PICKLE, _other(_STORAGE, size=0xFFFFFFFF)), "zip64 field"),
+    "bytes after the end": (_SOUND + b"more", "follow the end"),
+    "bit flipped in a storage": (_SOUND.replace(FOUR, FOUR[:5] + b"\x01" + FOUR[6:]), "CRC-32"),
+    "bit flipped in the pickle": (_SOUND.replace(b"cpu", b"gpu"), "CRC-32"),
+    "cut by a third": (_SOUND[: len(_SOUND) * 2 // 3], "no end record: the file is cut"),
+    "cut by a byte": (_SOUND[:-1], "no end record|its comment is cut"),
+    "only an end": (_SOUND[:4] + _SOUND[-22:], "directory claims"),
+    # safetensors
+    "header longer than the file": (_safetensors({"w": _record()}, bytes(8), length=1 << 40), "neither|header claims"),
+    "header of a gigabyte": (_safetensors(b"{" + b" " * 64, length=50), "header is not JSON"),
+    "header that is no JSON": (_safetensors(b"{]", bytes(8)), "not JSON"),
+    "header of NaN": (_safetensors(b'{"w": NaN}', bytes(8)), "holds NaN"),
+    "header as deep as it is long": (_safetensors(b'{"a":' * 50_000, bytes(8)), "not JSON"),
+    "the same name twice": (_safetensors(b'{"w": {}, "w": {}}', bytes(8)), "twice"),
+    "array that is no record": (_safetensors({"w": [1]}, bytes(8)), "does not have just"),
+    "array with more keys": (_safetensors({"w": _record() | {"code": "x"}}, bytes(8)), "does not have just"),
+    "unknown dtype": (_safetensors({"w": _record(dtype="F4")}, bytes(8)), "dtype 'F4'"),
+    "dtype that is no text": (_safetensors({"w": _record(dtype=[1])}, bytes(8)), "dtype"),
+    "arrays that overlap": (_safetensors({"v": _record(0, 8), "w": _record(4, 12)}, bytes(12)), "begins at byte 4"),
+    "hole between arrays": (_safetensors({"v": _record(0, 8), "w": _record(12, 20)}, bytes(20)), "begins at byte 12"),
+    "bytes after the arrays": (_safetensors({"w": _record()}, bytes(9)), "follow the header"),
+    "arrays beyond the file": (_safetensors({"w": _record()}, bytes(7)), "follow the header"),
+    "offsets backwards": (_safetensors({"w": _record(8, 0)}, bytes(8)), "span -8"),
+    "shape that lies": (_safetensors({"w": _record(shape=(3,))}, bytes(8)), "takes 12 bytes"),
+    "shape below zero": (_safetensors({"w": _record(shape=(-1, -2))}, bytes(8)), "at least 0"),
+    "shape of truth": (_safetensors({"w": _record(shape=(True, 2))}, bytes(8)), "at least 0"),
+    "shape beyond 64 bits": (_safetensors({"w": _record(shape=(1 << 40, 1 << 40))}, bytes(8)), "too large"),
+    "offset of floats": (_safetensors({"w": _record(0, 8.0)}, bytes(8)), "at least 0"),
+    "three offsets": (_safetensors({"w": _record() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "too many"),
+    "header that is a list": (_safetensors(b"[{}]", bytes(8)), "neither"),
+}
+
+
+def test_a_sound_archive_is_accepted(tmp_path):
+    (tmp_path / "w.pth").write_bytes(_SOUND)
+    assert read_tensors(tmp_path / "w.pth")["w"].tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_hostile_files_are_refused_without_a_side_effect(tmp_path, audited, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    content, match = HOSTILE_FILES[name]
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    _refusal(path, audited, match)
+
+
+def test_refusing_takes_no_memory(tmp_path):
+    claims = [HOSTILE_PICKLES[name][0] for name in ("repeated beyond memory", "memo index of four billion")]
+    claims += [HOSTILE_PICKLES["bytes longer than memory"][0], HOSTILE_PICKLES["elements that overflow"][0]]
+    tracemalloc.start()
+    for program in claims:
+        with pytest.raises(DataError):
+            read_tensors(write_archive(tmp_path / "w.pth", program, {"0": FOUR}))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_the_number_of_instructions_and_the_size_of_a_pickle_are_limited(tmp_path, monkeypatch):
+    program = b"\x80\x02" + b"N0" * 600 + b"}."
+    for limit, match in (("MAXIMUM_INSTRUCTIONS", "more than 1000 instructions"), ("MAXIMUM_BYTES", "at most 1000")):
+        monkeypatch.setattr(torch_unpickler, limit, 1000)
+        with pytest.raises(DataError, match=match):
+            read_tensors(write_archive(tmp_path / "w.pth", program))
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(DataError, match="not a file of weights"):
+            read_tensors(path)
+
+
+def test_damage_anywhere_is_a_refusal_or_changes_no_weight(tmp_path):
+    """Every byte of a small file is changed in turn: the reader refuses, or reads what was written."""
+    path = save(tmp_path / "w.pth", {"model": _one(1), "epoch": 3})
+    whole, wanted = path.read_bytes(), read_tensors(path)["w"].tobytes()
+    refused = 0
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x15]) + whole[position + 1 :])
+        try:
+            found = read_tensors(path)
+        except DataError:
+            refused += 1
+        else:
+            assert list(found) == ["w"] and found["w"].tobytes() == wanted, position
+    assert refused > len(whole) / 2
