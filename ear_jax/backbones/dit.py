@@ -7,25 +7,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.attention import SelfAttention
-from ear_jax.nn.dropout import dropout
 from ear_jax.nn.linear import ZEROS, Linear, layer_norm
+from ear_jax.nn.mlp import Mlp
 from ear_jax.nn.positions import sincos_positions
+from ear_jax.nn.stack import run_stack, stacked
 from ear_jax.nn.time_embedding import TimeEmbedding
-from ear_jax.nn.transformer import Mlp
 from ear_jax.types import LevelSpec
 
 
-class TanhMlp(Mlp):
-    """Linear, GELU by its tanh approximation, linear, with dropout after each half."""
-
-    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
-        """Apply the MLP to each position."""
-        first, second = (None, None) if rng is None else jax.random.split(rng)
-        inner = dropout(jax.nn.gelu(self.expand(hidden_BLE), approximate=True), self.dropout, first)
-        return dropout(self.contract(inner), self.dropout, second)
-
-
-class ModulatedBlock(nnx.Module):
+class DiTBlock(nnx.Module):
     """Attention and MLP, each between a modulated norm and a gate that starts closed (adaLN-Zero).
 
     The condition gives shift, scale, gate of the attention, then those of the MLP. The residual stream keeps its own
@@ -36,7 +26,8 @@ class ModulatedBlock(nnx.Module):
         self.attention_norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(width=width, heads=heads, dropout=dropout, dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
-        self.mlp = TanhMlp(width=width, hidden=int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs)
+        hidden = int(width * mlp_ratio)
+        self.mlp = Mlp(width=width, hidden=hidden, dropout=dropout, use_tanh=True, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 6 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -87,13 +78,10 @@ class DiT(nnx.Module):
         table = nnx.initializers.normal(0.02)(rngs.params(), (classes + 1, width), jnp.float32)
         self.class_embedding = nnx.Param(table)
 
-        def make(layer_key: jax.Array) -> ModulatedBlock:
-            layer_rngs = nnx.Rngs(params=layer_key)
-            return ModulatedBlock(
-                width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs
-            )
+        def make(rngs: nnx.Rngs) -> DiTBlock:
+            return DiTBlock(width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs)
 
-        self.blocks = nnx.vmap(make)(jax.random.split(rngs.params(), depth))
+        self.blocks = stacked(make, depth, rngs)
         self.norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 2 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
         self.output = Linear(width, 2 * level.size, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
@@ -123,17 +111,11 @@ class DiT(nnx.Module):
         return self.output(self.norm(hidden_BNE) * (1 + scale) + shift).astype(jnp.float32)
 
     def _run(self, hidden_BNE: jax.Array, condition_BE: jax.Array, rng: jax.Array | None) -> jax.Array:
-        graphdef, stacked = nnx.split(self.blocks)
         keys = None if rng is None else jax.random.split(rng, self.depth)
 
-        def body(hidden: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            weights, key = layer
-            return nnx.merge(graphdef, weights)(hidden, condition_BE, key), None
+        def apply(block: DiTBlock, hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+            return block(hidden, condition_BE, key), None
 
-        if self.use_remat:
-            body = jax.checkpoint(body, prevent_cse=not self.use_scan)
-        if self.use_scan:
-            return jax.lax.scan(body, hidden_BNE, (stacked, keys))[0]
-        for index in range(self.depth):
-            hidden_BNE, _ = body(hidden_BNE, jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, keys)))
-        return hidden_BNE
+        return run_stack(
+            self.blocks, apply, hidden_BNE, keys, depth=self.depth, use_scan=self.use_scan, use_remat=self.use_remat
+        )[0]

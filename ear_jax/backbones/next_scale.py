@@ -6,7 +6,6 @@ its tokens, and a token sees all of its own and the coarser scales.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ear_jax.nn.cached_attention import KeysValues
 from ear_jax.nn.linear import Linear, layer_norm
 from ear_jax.nn.modulated_block import ModulatedBlock
+from ear_jax.nn.stack import run_stack, stacked
 
 MODULATION_INIT = 0.5
 Initializer = jax.nn.initializers.Initializer
@@ -86,10 +86,6 @@ class NextScaleBackbone(nnx.Module):
         def table(rows: int) -> nnx.Param:
             return nnx.Param(normal(rngs.params(), (rows, width), jnp.float32))
 
-        def stacked(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-            layer_keys = jax.random.split(rngs.params(), depth)
-            return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(layer_keys)
-
         def modulation(rngs: nnx.Rngs) -> Linear:
             return Linear(width, 6 * width, kernel_init=gated(std, gate_init), dtype=dtype, rngs=rngs)
 
@@ -118,10 +114,10 @@ class NextScaleBackbone(nnx.Module):
         self.position = table(sum(side**2 for side in scales))
         self.level_embedding = table(len(scales))
         self.embed = Linear(input_channels, width, kernel_init=normal, rngs=rngs)
-        self.modulation: Any = None if use_shared_modulation else stacked(modulation)
+        self.modulation: Any = None if use_shared_modulation else stacked(modulation, depth, rngs)
         self.shared_modulation: Any = shared() if use_shared_modulation else None
         self.modulation_offset: Any = offsets() if use_shared_modulation else None
-        self.blocks = stacked(block)
+        self.blocks = stacked(block, depth, rngs)
         self.norm = layer_norm(width, affine=False, rngs=rngs)
         half = nnx.initializers.normal(std * MODULATION_INIT)
         self.final_modulation = Linear(width, 2 * width, kernel_init=half, dtype=dtype, rngs=rngs)
@@ -158,8 +154,8 @@ class NextScaleBackbone(nnx.Module):
             shared = self.shared_modulation(inner_BE).astype(jnp.float32).reshape(B, 6, -1)
             return Condition(embedding_BE, self.modulation_offset[...][:, None] + shared, final)
         # All blocks at once: in generation, ten passes would read a third of all weights again for the same result.
-        graphdef, stacked = nnx.split(self.modulation)
-        _, blocks = jax.lax.scan(lambda _, weights: (None, nnx.merge(graphdef, weights)(inner_BE)), None, stacked)
+        graphdef, weights = nnx.split(self.modulation)
+        _, blocks = jax.lax.scan(lambda _, own: (None, nnx.merge(graphdef, own)(inner_BE)), None, weights)
         return Condition(embedding_BE, blocks.astype(jnp.float32).reshape(self.depth, B, 6, -1), final)
 
     def empty_cache(self, batch: int) -> Cache:
@@ -204,26 +200,18 @@ class NextScaleBackbone(nnx.Module):
         past: KeysValues | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        graphdef, stacked = nnx.split(self.blocks)
         keys = None if rng is None else jax.random.split(rng, self.depth)
         rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32) if self.drop_path else None
 
-        def body(hidden: jax.Array, layer: tuple) -> tuple[jax.Array, KeysValues | None]:
-            weights, modulation, own_past, rate, key = layer
-            block = nnx.merge(graphdef, weights)
+        def apply(block: ModulatedBlock, hidden: jax.Array, layer: tuple) -> tuple[jax.Array, KeysValues | None]:
+            modulation, own_past, rate, key = layer
             hidden, now = block(hidden, modulation, mask_NL=mask_NL, past=own_past, drop_rate=rate, rng=key)
             return hidden, None if past is None else now
 
-        if self.use_remat:
-            body = jax.checkpoint(body, prevent_cse=not self.use_scan)
-        layers = (stacked, condition.blocks, past, rates, keys)
-        if self.use_scan:
-            return jax.lax.scan(body, hidden_BNE, layers)
-        kept = []
-        for index in range(self.depth):
-            hidden_BNE, now = body(hidden_BNE, jax.tree.map(lambda leaf, i=index: leaf[i], layers))
-            kept.append(now)
-        return hidden_BNE, None if past is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+        layers = (condition.blocks, past, rates, keys)
+        return run_stack(
+            self.blocks, apply, hidden_BNE, layers, depth=self.depth, use_scan=self.use_scan, use_remat=self.use_remat
+        )
 
 
 def block_causal_mask(scales: tuple[int, ...]) -> Bool[np.ndarray, "L L"]:

@@ -108,12 +108,17 @@ def steps_limit(config: Config, level: LevelSpec) -> int:
 
 
 def level_steps(config: Config, coarse_steps: int = 0, fine_steps: int = 0) -> tuple[int, ...]:
-    """Return backbone passes a level, coarsest first: the given numbers, or where they are 0 the generator's own."""
+    """Return backbone passes a level, coarsest first: the given numbers, or where they are 0 the generator's own.
+
+    A discrete level of fewer tokens, such as the first scales of a VQVAE, takes a pass a token.
+    """
     generator = config.generator
     if generator.backbone.name == "next_scale":
         return (1,) * len(tokenizer_levels(config))
     discrete, continuous = coarse_steps or generator.coarse.steps, fine_steps or generator.fine.steps
-    return tuple(discrete if level.kind == "discrete" else continuous for level in tokenizer_levels(config))
+    return tuple(
+        min(discrete, level.tokens) if level.kind == "discrete" else continuous for level in tokenizer_levels(config)
+    )
 
 
 def tokens_per_level(config: Config) -> dict[str, int]:

@@ -270,7 +270,7 @@ def _family(config: Config) -> Iterator[Fault]:
     """Backbones that need levels of a certain kind."""
     backbone, tokenizer = config.generator.backbone.name, config.tokenizer.name
     paths = ("generator.backbone.name", "tokenizer.name")
-    if backbone == "next_scale" and tokenizer not in ("vqvae", "hart"):
+    if backbone == "next_scale" and tokenizer != "vqvae":
         yield Fault(
             "config.generator.backbone.name=next_scale draws the scales of config.tokenizer.name=vqvae, "
             f"not {tokenizer}.",

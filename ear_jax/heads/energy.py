@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ear_jax.nn.linear import ZEROS, Linear, layer_norm
+from ear_jax.nn.noise_block import NoiseBlock
 from ear_jax.types import Metrics
 
 
@@ -36,22 +37,6 @@ def energy_score(
     attraction = distance(draws, jnp.broadcast_to(target, draws.shape), alpha).mean(0)
     repulsion = sum(distance(draws[shift:], draws[: count - shift], alpha).sum(0) for shift in range(1, count))
     return 2.0 * (attraction - temperature * repulsion / (count * (count - 1)))
-
-
-class NoiseBlock(nnx.Module):
-    """Residual MLP block whose norm is shifted, scaled and gated by the noise."""
-
-    def __init__(self, *, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.modulation = Linear(width, 3 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
-        self.expand = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.contract = Linear(width, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, hidden: jax.Array, noise: jax.Array, temperature: jax.Array | float) -> jax.Array:
-        """Apply the block; `temperature` scales only the shift."""
-        shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(noise)), 3, axis=-1)
-        inner = self.norm(hidden) * (1 + scale) + shift * jnp.asarray(temperature, shift.dtype)
-        return hidden + gate * self.contract(jax.nn.silu(self.expand(inner)))
 
 
 class EnergyHead(nnx.Module):

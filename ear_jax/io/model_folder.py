@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 from jaxtyping import UInt8
@@ -30,21 +29,6 @@ from ear_jax.io.pictures import save_grid
 SCHEMA_VERSION = 1
 _FORMAT = "ear_jax model folder"
 _LIBRARIES = ("ear_jax", "jax", "flax", "numpy", "safetensors")
-_DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
 _CANDIDATES = ("generator/model", "tokenizer/model")
 
 Tensors = Mapping[str, Mapping[str, np.ndarray]]
@@ -203,7 +187,7 @@ def _read_tensors(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray
 def _parse(blob: bytes) -> dict[str, np.ndarray]:
     # `safetensors.numpy.load` writes bfloat16 but cannot read it back.
     return {
-        name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        name: np.frombuffer(entry["data"], safetensors_file.DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in safetensors.deserialize(blob)
     }
 

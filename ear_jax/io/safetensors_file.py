@@ -18,7 +18,7 @@ import numpy as np
 from ear_jax.io.atomic import atomic_file
 from ear_jax.io.torch_archive import Unreadable
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -36,7 +36,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""numpy's types by the format's names."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 
 
@@ -139,7 +140,7 @@ def _span(name: str, record: Any) -> tuple[int, int, tuple[int, ...], np.dtype[A
     if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
         raise Unreadable(f"array {name[:80]!r} does not have just a dtype, a shape and data_offsets")
     shape, offsets = record["shape"], record["data_offsets"]
-    dtype = _DTYPES.get(record["dtype"]) if isinstance(record["dtype"], str) else None
+    dtype = DTYPES.get(record["dtype"]) if isinstance(record["dtype"], str) else None
     if dtype is None:
         raise Unreadable(f"array {name[:80]!r} has the dtype {str(record['dtype'])[:40]!r}, which is not known")
     counts = [shape, offsets] if isinstance(shape, list) and isinstance(offsets, list) else [[-1]]

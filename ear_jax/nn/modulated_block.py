@@ -7,34 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ear_jax.nn.cached_attention import CachedAttention, KeysValues
-from ear_jax.nn.dropout import dropout
-from ear_jax.nn.linear import Linear, layer_norm
-
-Initializer = jax.nn.initializers.Initializer
-
-
-class TanhMlp(nnx.Module):
-    """Linear, GELU by tanh, linear, dropout."""
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        hidden: int,
-        dropout: float,
-        kernel_init: Initializer,
-        output_init: Initializer,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.dropout = dropout
-        self.expand = Linear(width, hidden, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.contract = Linear(hidden, width, kernel_init=output_init, dtype=dtype, rngs=rngs)
-
-    def __call__(self, hidden_BNE: Float[Array, "B N E"], rng: jax.Array | None = None) -> Float[Array, "B N E"]:
-        """Apply the MLP to each position; with `rng`, apply dropout."""
-        inner = jax.nn.gelu(self.expand(hidden_BNE), approximate=True)
-        return dropout(self.contract(inner), self.dropout, rng)
+from ear_jax.nn.linear import layer_norm
+from ear_jax.nn.mlp import Initializer, Mlp
 
 
 class ModulatedBlock(nnx.Module):
@@ -68,10 +42,12 @@ class ModulatedBlock(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.mlp = TanhMlp(
+        self.mlp = Mlp(
             width=width,
             hidden=round(width * mlp_ratio),
             dropout=dropout,
+            inner_dropout=0.0,
+            use_tanh=True,
             kernel_init=kernel_init,
             output_init=output_init,
             dtype=dtype,

@@ -7,23 +7,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ear_jax.nn.attention import SelfAttention
-from ear_jax.nn.dropout import dropout
-from ear_jax.nn.linear import Linear, layer_norm
-
-
-class Mlp(nnx.Module):
-    """Linear, exact GELU, linear, with dropout after each half."""
-
-    def __init__(self, *, width: int, hidden: int, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.dropout = dropout
-        self.expand = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.contract = Linear(hidden, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, hidden_BLE: Float[Array, "B L E"], rng: jax.Array | None = None) -> Float[Array, "B L E"]:
-        """Apply the MLP to each position."""
-        first, second = (None, None) if rng is None else jax.random.split(rng)
-        inner = dropout(jax.nn.gelu(self.expand(hidden_BLE), approximate=False), self.dropout, first)
-        return dropout(self.contract(inner), self.dropout, second)
+from ear_jax.nn.linear import layer_norm
+from ear_jax.nn.mlp import Mlp
+from ear_jax.nn.stack import run_stack, stacked
 
 
 class Block(nnx.Module):
@@ -68,11 +54,10 @@ class Transformer(nnx.Module):
         self.use_scan = use_scan
         self.use_remat = use_remat
 
-        def make(layer_key: jax.Array) -> Block:
-            layer_rngs = nnx.Rngs(params=layer_key)
-            return Block(width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=layer_rngs)
+        def make(rngs: nnx.Rngs) -> Block:
+            return Block(width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs)
 
-        self.blocks = nnx.vmap(make)(jax.random.split(rngs.params(), depth))
+        self.blocks = stacked(make, depth, rngs)
 
     def __call__(
         self,
@@ -81,17 +66,11 @@ class Transformer(nnx.Module):
         visible_BL: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L E"]:
         """Run all blocks; with `rng`, each layer gets its own dropout key; `visible_BL` as in `SelfAttention`."""
-        graphdef, stacked = nnx.split(self.blocks)
         keys = None if rng is None else jax.random.split(rng, self.depth)
 
-        def body(hidden: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            weights, key = layer
-            return nnx.merge(graphdef, weights)(hidden, key, visible_BL), None
+        def apply(block: Block, hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+            return block(hidden, key, visible_BL), None
 
-        if self.use_remat:
-            body = jax.checkpoint(body, prevent_cse=not self.use_scan)
-        if self.use_scan:
-            return jax.lax.scan(body, hidden_BLE, (stacked, keys))[0]
-        for index in range(self.depth):
-            hidden_BLE, _ = body(hidden_BLE, jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, keys)))
-        return hidden_BLE
+        return run_stack(
+            self.blocks, apply, hidden_BLE, keys, depth=self.depth, use_scan=self.use_scan, use_remat=self.use_remat
+        )[0]

@@ -8,6 +8,7 @@ from ear_jax import build
 from ear_jax.config.schema import Config
 from ear_jax.data.latents import CacheDescription, LatentsWriter, is_complete
 from ear_jax.data.loader import eval_batches
+from ear_jax.data.quarantine import write_quarantine
 from ear_jax.data.sources import digest_of, open_split
 from ear_jax.distributed.process import barrier
 from ear_jax.io import model_folder
@@ -89,6 +90,8 @@ def cache_latents(session: Session) -> None:
     barrier("latents: all shards written")
     if session.is_first:
         writer.finish()
+        if config.tokenizer.source:  # no tokenizer stage has read the images and reported the damaged ones
+            write_quarantine(workdir.root / "quarantine.tsv", [source.quarantine])
     barrier("latents: finished")
     session.ledger.event("latents", images=len(source), digest=description.digest)
 

@@ -193,6 +193,14 @@ def test_config_dicts_are_accepted() -> None:
 
 # What keys imply for each other
 
+SCALES = {
+    "data.image_px": "64",
+    "tokenizer.name": "vqvae",
+    "tokenizer.vqvae.scales": "(1,2,4)",
+    "generator.patch_size": "1",
+    "generator.fine.steps": "1",
+}
+
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
@@ -219,6 +227,7 @@ def test_config_dicts_are_accepted() -> None:
         ({"tokenizer.loss.r1": "1"}, "regularises a discriminator that is not"),
         ({"tokenizer.loss.l1": "0"}, "no reconstruction term"),
         ({"tokenizer.hybrid_start_steps": "10"}, "not before the end of the run"),
+        (SCALES | {"generator.backbone.name": "next_scale", "tokenizer.name": "hart"}, "vqvae, not hart"),
         ({"sample.labels": "(-1,)"}, "negative class ids"),
         ({"sample.labels": "(6,)"}, "beyond the 6 classes"),
         ({"sample.coarse_steps": "17"}, "more than the level's 16 tokens"),
@@ -247,6 +256,12 @@ def test_a_tokenizer_without_coarse_levels_is_not_held_to_them() -> None:
 
 
 # Derived sizes
+
+
+def test_a_scale_takes_no_more_passes_than_it_has_tokens() -> None:
+    config = strict.resolve(SOUND, list((SCALES | {"generator.coarse.steps": "8"}).items()))
+    assert derive.level_steps(config) == (1, 4, 8)
+    assert derive.level_steps(config, coarse_steps=3) == (1, 3, 3)
 
 
 def test_levels_follow_from_the_config() -> None:
