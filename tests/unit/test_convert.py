@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         tokenizer=dict(_KL_VAE, kl_vae=dict(_KL, encoder_attention=False, decoder_attention=False)),
         generator=dict(backbone=dict(_TRUNK, name="dit"), patch_size=2, fine=dict(steps=4)),
     ),
-    "hart": dict(tokenizer=dict(_VQVAE, name="hart"), generator=dict(backbone=dict(_TRUNK, name="next_scale"))),
+    "hart": dict(tokenizer=dict(_VQVAE, name="hart"), generator=dict(backbone=dict(_TRUNK, name="masked"))),
 }
 GENERATORS = [name for name in FAMILIES if name != "hart"]
 
