@@ -6,6 +6,7 @@ One model folder with random weights, one judge and one loaded pipeline serve al
 import functools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -25,12 +26,15 @@ from ear_jax.config import strict
 from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import SAMPLE_METRICS, Config
 from ear_jax.data.sources import open_split
-from ear_jax.io import model_folder
+from ear_jax.data.subset import Subset
+from ear_jax.io import model_folder, safetensors_file
 from ear_jax.io.pictures import save_npz
 from ear_jax.io.reference_stats import load_reference_statistics
 from ear_jax.main import main
 from ear_jax.metrics import sample_scorer
+from ear_jax.metrics.feature_weights import lpips_weights
 from ear_jax.metrics.protocol import Protocol
+from ear_jax.nn.perceptual import SLICES, PerceptualDistance
 from ear_jax.tasks import judge, session
 from ear_jax.tasks.references import class_ids
 from ear_jax.tasks.training_scores import TrainingScores
@@ -158,6 +162,32 @@ def test_statistics_from_the_command_line_serve_as_the_reference(workdir, drawn,
     assert run(workdir, "--task=evaluate", images, f"--config.evaluate.reference={tmp_path / 'images.npz'}") == 0
     same = json.loads((workdir / "evaluation_images.json").read_text())["scores"]
     assert same["fd_classifier"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1
+
+
+def test_lpips_of_reconstructions_is_that_of_the_given_weights(workdir, model, tmp_path, capsys):
+    generator, narrow, channels = np.random.default_rng(5), {}, 3
+    for index, (layers, width) in enumerate(zip(SLICES, (4, 4, 6, 6, 8), strict=True)):
+        for number, _ in layers:
+            name, shape = f"net.slice{index + 1}.{number}", (width, channels, 3, 3)
+            narrow[f"{name}.weight"] = generator.normal(0, 0.3, shape).astype(np.float32)
+            narrow[f"{name}.bias"] = generator.normal(0, 0.1, width).astype(np.float32)
+            channels = width
+        narrow[f"lin{index}.model.1.weight"] = generator.uniform(0, 1, (1, width, 1, 1)).astype(np.float32)
+    weights = tmp_path / "lpips.safetensors"
+    safetensors_file.write(weights, narrow)
+    shutil.copytree(workdir, tmp_path / "run")
+    arguments = "--task=evaluate", f"--model={model}", "--config.evaluate.reconstructions=8"
+    assert run(tmp_path / "run", *arguments, f"--config.evaluate.lpips_weights={weights}") == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+    held_out = open_split(CONFIG.data, "eval", seed=CONFIG.seed)
+    images = Subset(held_out, 8, seed=CONFIG.seed).batch(np.arange(8), np.zeros(8, bool))["image"]
+    again = pipeline.load(model).decode(pipeline.load(model).encode(images))
+    scaled = (jax.numpy.asarray(array, np.float32) / 127.5 - 1 for array in (again, images))
+    wanted = float(PerceptualDistance(narrow)(*scaled).mean())
+    assert result["reconstruction_scores"]["full"]["lpips"] == pytest.approx(wanted, rel=1e-4) and wanted > 1e-3
+    assert "lpips" not in result["reconstruction_scores"]["coarse"]
+    assert result["protocol"]["lpips_weights_sha256"] == lpips_weights(str(weights)).digest
 
 
 @pytest.mark.parametrize(
