@@ -1,8 +1,8 @@
 """What all tests share: eight fake CPU devices, run-time checks of array annotations, and where shared data lies.
 
-Programs are compiled at LLVM's level 1: most of a test's time is compilation, which takes half as long so, and level 0 gains
-no more and runs at half the speed. No persistent compilation cache: cache files of parallel test processes are not written
-atomically, so that reading one can warn.
+Programs are compiled at LLVM's level 1: most of a test's time is compilation, which takes half as long so. Those that
+run for a moment take `quick.QUICK`. No persistent compilation cache: cache files of parallel test processes are not
+written atomically, so that reading one can warn.
 """
 
 import os

@@ -2,13 +2,10 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from two_processes import run_two
 
 PX, CLASSES = 16, 3
 
@@ -64,30 +61,9 @@ def measure(process: int, count: int) -> dict[str, float]:
 
 @pytest.mark.multiprocess
 def test_two_processes_agree_with_one():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={**environment, "JAX_PROCESS_ID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [child.communicate(timeout=180)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
-    lines = [next(line for line in output.splitlines() if line.startswith("{")) for output in outputs]
+    ended = run_two(__file__, timeout_s=180)
+    assert [status for status, _ in ended] == [0, 0], ended
+    lines = [next(line for line in output.splitlines() if line.startswith("{")) for _, output in ended]
     first, second = (json.loads(line) for line in lines)
     assert first == second, "the processes disagree"
     alone = measure(0, 1)

@@ -1,12 +1,6 @@
 """Two real processes with two devices each: equal training, one checkpoint, one stop, and no hang when one fails."""
 
-import contextlib
-import os
 import re
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from two_processes import run_two
 
 from ear_jax.io.checkpoint import CheckpointStore
 
@@ -21,45 +16,6 @@ WORKER = Path(__file__).with_name("worker.py")
 WIDTH, BATCH = 256, 16
 
 pytestmark = pytest.mark.multiprocess
-
-
-def run_both(*arguments: str, timeout_s: float) -> list[tuple[int, str]]:
-    """Run the worker as two processes and return exit status and output of each."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "PYTHONPATH": str(WORKER.parents[2]),
-    }
-    logs = [tempfile.TemporaryFile("w+") for _ in (0, 1)]
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments],
-            env={**environment, "JAX_PROCESS_ID": str(rank)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        deadline = time.monotonic() + timeout_s
-        for child in children:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.0, deadline - time.monotonic()))
-    finally:
-        outputs = []
-        for child, log in zip(children, logs, strict=True):
-            child.kill()
-            child.wait()
-            log.seek(0)
-            outputs.append(log.read())
-            log.close()
-    return [(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
 
 
 def kernel_of_one_process(steps: int) -> tuple[np.ndarray, list[float]]:
@@ -76,7 +32,7 @@ def kernel_of_one_process(steps: int) -> tuple[np.ndarray, list[float]]:
 
 
 def test_train_save_fall_back_and_stop_together_then_restore_in_one_process(tmp_path):
-    ended = run_both("train", str(tmp_path / "c"), timeout_s=90)
+    ended = run_two(WORKER, "train", str(tmp_path / "c"), timeout_s=90)
     assert [status for status, _ in ended] == [75, 75], ended
     facts = [re.findall(r"^(?:digest|loss|stopped) .*$", output, re.M) for _, output in ended]
     assert facts[0] == facts[1] and len(facts[0]) == 7
@@ -96,7 +52,7 @@ def test_train_save_fall_back_and_stop_together_then_restore_in_one_process(tmp_
 
 def test_a_fault_on_one_process_ends_both(tmp_path):
     started = time.monotonic()
-    ended = run_both("fail", timeout_s=60)
+    ended = run_two(WORKER, "fail", timeout_s=60)
     assert ended[1][0] == 70, ended
     assert "a fault on one process" in ended[1][1] and "FATAL: process 1 of 2" in ended[1][1]
     assert ended[0][0] != 0, ended

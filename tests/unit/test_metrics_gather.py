@@ -1,13 +1,8 @@
 """Gathering over processes: two real ones give what one gives, to the bit where the order of sums allows it."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from two_processes import run_two
 
 from ear_jax.metrics.gather import gather_moments, gather_rows
 from ear_jax.metrics.statistics import FeatureMoments, statistics_of
@@ -29,29 +24,8 @@ def test_one_process_keeps_its_own():
 
 @pytest.mark.multiprocess
 def test_two_processes_agree_with_one():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={**environment, "JAX_PROCESS_ID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
+    ended = run_two(__file__, timeout_s=120)
+    assert [status for status, _ in ended] == [0, 0], ended
 
 
 def main() -> None:
