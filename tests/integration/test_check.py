@@ -11,28 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from integration.tiny import TRAINING, tiny_config
-from random_weights import random_weights
+from integration.tiny import SMALLEST, TRAINING, random_model, tiny_config
 
 import ear_jax
-from ear_jax import build, main
+from ear_jax import main
 from ear_jax.bench import model_checks, pipeline_stages
 from ear_jax.bench.model_checks import ModelChecks
 from ear_jax.bench.tiny_model import tiny_config as tiny_of
-from ear_jax.config import strict
 from ear_jax.heads import energy
 from ear_jax.io import model_folder
 from ear_jax.pipeline import Pipeline
 from ear_jax.tasks import component_checks
 
 NAMES = ("circle", "square", "triangle", "star")
-PX = 8
+PX = SMALLEST["data__image_px"]
 CONFIG = tiny_config(
-    data__image_px=PX,
-    tokenizer__vae__wavelet_levels=1,
-    tokenizer__vae__decoder_multipliers=(1,),
-    tokenizer__fine__multipliers=(1,),
-    generator__backbone__depth=1,
+    **SMALLEST,
     sample__batch_size=8,
 )
 
@@ -40,13 +34,7 @@ CONFIG = tiny_config(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights."""
-    static, *arrays = random_weights(lambda keys: build.build_tokenizer(CONFIG, rngs=keys))
-    spec = static.merge(*arrays).spec
-    _, *own = random_weights(lambda keys: build.build_generator(CONFIG, spec, len(NAMES), rngs=keys))
-    parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
-    tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    return model_folder.write(path, strict.to_dict(CONFIG), tensors, NAMES, {})
+    return random_model(tmp_path_factory.mktemp("models") / "tiny", CONFIG, NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from random_weights import random_weights
 from test_loop import Line, loader_of
-from tiny import differing, one_device_mesh, quick_compilation, tiny_config, to_numpy, updates
+from tiny import differing, one_device_mesh, quick_compilation, random_model, tiny_config, to_numpy, updates
 
-from ear_jax import build, pipeline
+from ear_jax import pipeline
 from ear_jax.config import strict
 from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import SAMPLE_METRICS, Config
@@ -64,12 +63,7 @@ def programs() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights."""
-    static, *arrays = random_weights(lambda keys: build.build_tokenizer(CONFIG, rngs=keys))
-    spec = static.merge(*arrays).spec
-    _, *own = random_weights(lambda keys: build.build_generator(CONFIG, spec, len(NAMES), rngs=keys))
-    parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
-    tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
-    return model_folder.write(tmp_path_factory.mktemp("models") / "tiny", strict.to_dict(CONFIG), tensors, NAMES, {})
+    return random_model(tmp_path_factory.mktemp("models") / "tiny", CONFIG, NAMES)
 
 
 @pytest.fixture(scope="module")

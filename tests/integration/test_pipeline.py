@@ -6,12 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from integration.tiny import tiny_config
+from integration.tiny import SMALLEST, random_model, tiny_config
 from PIL import Image
-from random_weights import random_weights
 
 import ear_jax
-from ear_jax import build, main
+from ear_jax import main
 from ear_jax.config import strict
 from ear_jax.errors import ConfigError
 from ear_jax.io import model_folder
@@ -20,13 +19,9 @@ from ear_jax.types import Tokens
 
 NAMES = ("circle", "square", "triangle", "star")
 REPOSITORY = Path(__file__).resolve().parents[2]
-PX = 8
+PX = SMALLEST["data__image_px"]
 CONFIG = tiny_config(
-    data__image_px=PX,
-    tokenizer__vae__wavelet_levels=1,
-    tokenizer__vae__decoder_multipliers=(1,),
-    tokenizer__fine__multipliers=(1,),
-    generator__backbone__depth=1,
+    **SMALLEST,
     sample__batch_size=16,
     bench__repeats=3,
     bench__warmup_repeats=1,
@@ -36,13 +31,7 @@ CONFIG = tiny_config(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights."""
-    static, *arrays = random_weights(lambda keys: build.build_tokenizer(CONFIG, rngs=keys))
-    spec = static.merge(*arrays).spec
-    _, *own = random_weights(lambda keys: build.build_generator(CONFIG, spec, len(NAMES), rngs=keys))
-    parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
-    tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    return model_folder.write(path, strict.to_dict(CONFIG), tensors, NAMES, {})
+    return random_model(tmp_path_factory.mktemp("models") / "tiny", CONFIG, NAMES)
 
 
 @pytest.fixture(scope="module")

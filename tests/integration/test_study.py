@@ -8,24 +8,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from integration.tiny import Programs, one_device_mesh, tiny_config
+from integration.tiny import SMALLEST, Programs, one_device_mesh, random_model, tiny_config
 from PIL import Image
-from random_weights import random_weights
 
-from ear_jax import build, main
-from ear_jax.config import strict
+from ear_jax import main
 from ear_jax.config.schema import Config
-from ear_jax.io import model_folder
 from ear_jax.studies import ablation, arms, end_to_end, fidelity, timing
 from ear_jax.tasks import generator, session, study, tokenizer
 
-PX = 8
 MODEL = tiny_config(
-    data__image_px=PX,
-    tokenizer__vae__wavelet_levels=1,
-    tokenizer__vae__decoder_multipliers=(1,),
-    tokenizer__fine__multipliers=(1,),
-    generator__backbone__depth=1,
+    **SMALLEST,
     sample__batch_size=8,
     bench__repeats=3,
     bench__warmup_repeats=1,
@@ -89,13 +81,7 @@ def test_the_fidelity_study_trains_measures_and_goes_on_where_it_was(tmp_path, c
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights."""
-    static, *arrays = random_weights(lambda keys: build.build_tokenizer(MODEL, rngs=keys))
-    spec = static.merge(*arrays).spec
-    _, *own = random_weights(lambda keys: build.build_generator(MODEL, spec, 4, rngs=keys))
-    parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
-    tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    return model_folder.write(path, strict.to_dict(MODEL), tensors, ("a", "b", "c", "d"), {})
+    return random_model(tmp_path_factory.mktemp("models") / "tiny", MODEL, ("a", "b", "c", "d"))
 
 
 def test_the_end_to_end_study_times_a_model_and_keeps_what_it_timed(model, tmp_path, capsys, monkeypatch):

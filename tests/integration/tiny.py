@@ -5,7 +5,7 @@ Compiling is nearly all that a run of it costs, so runs of one recipe share thei
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from quick import QUICK
+from random_weights import random_weights
 
 from ear_jax import build
 from ear_jax.config import strict
@@ -44,6 +45,7 @@ from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import open_split
 from ear_jax.distributed.mesh import make_mesh
+from ear_jax.io import model_folder
 from ear_jax.levels import LevelSpec, TokenizerSpec
 from ear_jax.training import ledger, loop
 from ear_jax.training.optim import resolve
@@ -117,6 +119,16 @@ def tiny_config(**overrides: Any) -> Config:
 def _replaced(group: Any, names: list[str], value: Any) -> Any:
     head, *rest = names
     return dataclasses.replace(group, **{head: _replaced(getattr(group, head), rest, value) if rest else value})
+
+
+# Overrides of `tiny_config` for images of 8 px and a transformer of one block.
+SMALLEST: dict[str, Any] = dict(
+    data__image_px=8,
+    tokenizer__vae__wavelet_levels=1,
+    tokenizer__vae__decoder_multipliers=(1,),
+    tokenizer__fine__multipliers=(1,),
+    generator__backbone__depth=1,
+)
 
 
 def one_device_mesh(**_: int) -> Mesh:
@@ -219,6 +231,16 @@ class Programs:
             # Whatever changes the program is in the recipe, the accumulation or the mesh.
             with self.shared(stage, run.recipe, run.settings.accumulation_steps, tuple(mesh.shape.items())):
                 return loop.train(run)[1]
+
+
+def random_model(folder: Path, config: Config, names: Sequence[str]) -> Path:
+    """Write a model folder with random weights and return where it is."""
+    static, *arrays = random_weights(lambda keys: build.build_tokenizer(config, rngs=keys))
+    spec = static.merge(*arrays).spec
+    _, *own = random_weights(lambda keys: build.build_generator(config, spec, len(names), rngs=keys))
+    parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
+    tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
+    return model_folder.write(folder, strict.to_dict(config), tensors, tuple(names), {})
 
 
 def to_numpy(state: Any) -> dict[str, np.ndarray]:
