@@ -37,17 +37,25 @@ def bars(path: Path, names: Sequence[str], panels: Mapping[str, Sequence[tuple[f
 
 
 def lines(path: Path, panels: Mapping[tuple[str, str, str], Series]) -> None:
-    """Write one panel a (title, x label, y label), each with its lines and error bars; x is logarithmic."""
+    """Write one panel a (title, x label, y label), each with its lines and error bars; x is logarithmic.
+
+    A name has one colour in all panels, and one legend stands beside them, where it hides nothing.
+    """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1.8 + 4.4 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    drawn: dict[str, Any] = {}
     for axis, ((title, x_label, y_label), series) in zip(axes[0], panels.items(), strict=True):
         for name, points in series.items():
             x, mean, spread = zip(*sorted(points), strict=True)
-            axis.errorbar(x, mean, yerr=spread, label=name, marker="o", markersize=4, capsize=2)
+            color = f"C{names.index(name)}"
+            drawn[name] = axis.errorbar(x, mean, yerr=spread, color=color, marker="o", markersize=4, capsize=2)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
