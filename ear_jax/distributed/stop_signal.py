@@ -15,12 +15,15 @@ from ear_jax.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+RETRY_S = 0.1
+
 
 @contextlib.contextmanager
 def restartable() -> Iterator[None]:
     """Turn a SIGTERM outside a training loop into PreemptedError: what is done so far stands, a restart goes on.
 
     For work whose files appear whole or can be continued. Only in one process; several have JAX's own handler.
+    Python drops an exception that is raised while it runs a finaliser; the signal is sent again then.
     """
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -32,10 +35,24 @@ def restartable() -> Iterator[None]:
             "Start the same command again to go on."
         )
 
+    sent_again: list[threading.Timer] = []
+    previous_hook = sys.unraisablehook
+
+    def retry(dropped: "sys.UnraisableHookArgs") -> None:
+        if isinstance(dropped.exc_value, PreemptedError):
+            sent_again.append(threading.Timer(RETRY_S, os.kill, (os.getpid(), signal.SIGTERM)))
+            sent_again[-1].start()
+        else:
+            previous_hook(dropped)
+
     previous = signal.signal(signal.SIGTERM, stop)
+    sys.unraisablehook = retry
     try:
         yield
     finally:
+        for timer in sent_again:
+            timer.cancel()
+        sys.unraisablehook = previous_hook
         signal.signal(signal.SIGTERM, previous)
 
 
