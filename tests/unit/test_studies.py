@@ -314,5 +314,10 @@ def test_plots_show_every_panel(tmp_path):
     plots.lines(tmp_path / "lines.png", one)
     plots.lines(tmp_path / "wider.png", one | {("quality", "ms", "FD"): {"hybrid": [(1.0, 1.0, 0.0)]}})
     shown = {path.stem: pixels_of(path) for path in tmp_path.glob("*.png")}
-    assert shown["wider"].shape[1] > 1.8 * shown["lines"].shape[1]
+    assert shown["wider"].shape[1] > 1.5 * shown["lines"].shape[1], "a panel more, beside one legend"
+    for name, panels in {"lines": 1, "wider": 2}.items():
+        for color in ([0x1F, 0x77, 0xB4], [0xFF, 0x7F, 0x0E]):  # hybrid and fine, in the panels and in the legend
+            columns = (np.abs(shown[name] - color).max(-1) < 8).any(0).nonzero()[0]
+            assert columns.max() > 0.85 * shown[name].shape[1], "the legend stands right of all panels"
+            assert columns.min() < 0.9 * shown[name].shape[1] / panels, "and the first panel shows the line"
     assert (np.abs(shown["bars"] - [0x4C, 0x72, 0xB0]).max(-1) < 8).sum() > 1000, "bars are drawn"
