@@ -4,6 +4,7 @@ The networks themselves are `inception_features.py` and `classifier.py`. Here th
 to one compiled shape and spread over this process's devices.
 """
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -61,7 +62,7 @@ class FeatureNetwork(Protocol):
         ...
 
 
-class Batched:
+class Batched(abc.ABC):
     """Base of the feature networks: any number of images through one compiled shape on all devices of this process."""
 
     taps: tuple[str, ...] = ("features",)
@@ -109,8 +110,9 @@ class Batched:
         self._check_finite(whole)
         return whole
 
+    @abc.abstractmethod
     def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
-        raise NotImplementedError
+        """Return the named taps of one full batch of uint8 images, one program for all of them."""
 
     def _placed(self, chunk: Images) -> jax.Array:
         filling = np.repeat(chunk[-1:], self._batch_size - len(chunk), axis=0)

@@ -181,10 +181,11 @@ def _curve(summary: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
 
 
 def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
+    curves = [line for arm in dict.fromkeys(line["arm"] for line in summary) for line in _curve(summary, arm)]
     panels: dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]] = {}
     for x, label in (("passes", "backbone passes"), ("ms", "ms an image")):
         series: dict[str, list[tuple[float, float, float]]] = {}
-        for line in summary:
+        for line in curves:
             at = line["passes"] if x == "passes" else line.get("ms", {}).get("mean")
             if at is None:
                 continue

@@ -308,6 +308,31 @@ def test_a_result_is_kept_for_its_configuration_alone(tmp_path):
     assert runs.kept(tmp_path, other, measure) == {"value": 3}
 
 
+def test_a_curve_has_one_point_for_a_number_of_passes(tmp_path, monkeypatch):
+    def line(arm: str, steps: str, passes: int, temperature: float) -> dict[str, Any]:
+        return {
+            "arm": arm,
+            "steps": steps,
+            "passes": passes,
+            "temperature": temperature,
+            "fd": {"mean": 1.0, "std": 0.1},
+        }
+
+    colder = [line("fine_only", "4", 4, 0.7), line("hybrid", "8+1", 9, 0.7)]
+    usual = [line("fine_only", "1", 1, 1.0), line("fine_only", "4", 4, 1.0), line("hybrid", "8+1", 9, 1.0)]
+    usual += [line("hybrid", "8+2", 10, 1.0), line("diffusion", "4", 4, 1.0)]
+    drawn = []
+    monkeypatch.setattr(plots, "lines", lambda path, panels: drawn.append(panels))
+    ablation._plot(tmp_path / "study.png", [*colder, *usual])
+    (panel,) = drawn[0].values()
+    assert {name: [x for x, _, _ in points] for name, points in panel.items()} == {
+        "fine_only": [1, 4],
+        "hybrid, one fine pass": [9],
+        "hybrid, more fine passes": [10],
+        "diffusion": [4],
+    }
+
+
 def test_plots_show_every_panel(tmp_path):
     plots.bars(tmp_path / "bars.png", ["a", "b"], {"PSNR": [(20.0, 1.0), (25.0, 0.0)], "rFD": [(1.0, 0.1), (2.0, 0.2)]})
     one = {("quality", "passes", "FD"): {"hybrid": [(4.0, 2.0, 0.1), (1.0, 9.0, 0.5)], "fine": [(1.0, 8.0, 0.0)]}}
