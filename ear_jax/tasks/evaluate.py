@@ -30,8 +30,7 @@ from ear_jax.tasks.evaluate_images import evaluate_images
 from ear_jax.tasks.evaluation_report import judge_protocol, report
 from ear_jax.tasks.references import (
     chosen_network,
-    open_classifier,
-    open_network,
+    open_networks,
     open_reference,
     score_settings,
     source_batches,
@@ -85,13 +84,12 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
             f"config.data.source={config.data.source} has {len(train.class_names)} "
             f"({', '.join(train.class_names[:5])} …). Evaluate on the data that the model was trained on."
         )
-    judge = open_classifier(session, train)
-    network = open_network(session, judge)
+    lpips, lpips_digest = _lpips(config)
+    network, judge = open_networks(session, train)
     reference = open_reference(session, network, train)
     trust, warnings = _trust(judge, held_out, config)
     if is_numbered and train.class_names != loaded.class_names:
         warnings.append("The model numbers its classes: they are taken to be the data's, in their order.")
-    lpips, lpips_digest = _lpips(config)
     reconstructed = _reconstructions(loaded, network, judge, reference, held_out, config, lpips)
     scores, judged = _samples(loaded, network, judge, reference, config, weights)
     streams = measure_streams(loaded, held_out, config)

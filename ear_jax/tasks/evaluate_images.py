@@ -12,7 +12,6 @@ from ear_jax.tasks.evaluation_report import judge_protocol, report
 from ear_jax.tasks.references import (
     chosen_network,
     class_ids,
-    open_classifier,
     open_network,
     open_reference,
     score_settings,
@@ -42,7 +41,7 @@ def evaluate_images(session: Session) -> None:
             f"{config.data.image_px}: the reference would be of another size. Expected one size: set "
             f"--config.data.image_px={images.image_px}, or score other images."
         )
-    network = open_network(session, open_classifier(session, train) if train and is_judged else None)
+    network = open_network(session, train)
     reference = open_reference(session, network, train)
     scorer = SampleScorer(network, reference, settings=score_settings(config))
     for batch in set_batches(images, settings.batch_size):

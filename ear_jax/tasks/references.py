@@ -33,8 +33,8 @@ def chosen_network(config: Config) -> str:
     return "inception" if at_hand else "classifier"
 
 
-def open_network(session: Session, judge: ClassifierFeatures | None = None) -> FeatureNetwork:
-    """Return the feature network of an evaluation; `judge` is the run's classifier where it is open already.
+def open_network(session: Session, train: SplitSource | None = None) -> FeatureNetwork:
+    """Return the feature network of an evaluation; `train` is what the classifier learns, where it is open already.
 
     Raises:
         DataError: the weights of the Inception network cannot be had.
@@ -42,7 +42,17 @@ def open_network(session: Session, judge: ClassifierFeatures | None = None) -> F
     settings = session.config.evaluate
     if chosen_network(session.config) == "inception":
         return InceptionNetwork(inception_weights(settings.inception_weights), batch_size=settings.batch_size)
-    return judge or open_classifier(session, open_split(session.config.data, "train", seed=session.config.seed))
+    return open_classifier(session, train or open_split(session.config.data, "train", seed=session.config.seed))
+
+
+def open_networks(session: Session, train: SplitSource) -> tuple[FeatureNetwork, ClassifierFeatures]:
+    """Return the feature network and the judge, which may be one; given weights are read before a judge is trained.
+
+    Raises:
+        DataError: the weights of the Inception network cannot be had.
+    """
+    network = open_network(session, train)
+    return network, network if isinstance(network, ClassifierFeatures) else open_classifier(session, train)
 
 
 def open_classifier(session: Session, train: SplitSource) -> ClassifierFeatures:

@@ -8,7 +8,7 @@ from ear_jax.metrics.sample_scorer import SampleScorer
 from ear_jax.pipeline import Pipeline
 from ear_jax.tasks.drawn import drawn_batches
 from ear_jax.tasks.evaluation_report import in_words
-from ear_jax.tasks.references import open_classifier, open_network, open_reference, score_settings
+from ear_jax.tasks.references import open_networks, open_reference, score_settings
 from ear_jax.tasks.session import Session
 from ear_jax.training.state import TrainState
 
@@ -29,8 +29,7 @@ class TrainingScores:
         self._session, self._pipeline = session, pipeline
         config = session.config
         train = open_split(config.data, "train", seed=config.seed)
-        judge = open_classifier(session, train)
-        network = open_network(session, judge)
+        network, judge = open_networks(session, train)
         reference = open_reference(session, network, train)
         settings = score_settings(config)
         self._scorers = []

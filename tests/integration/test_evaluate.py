@@ -204,6 +204,15 @@ def test_what_cannot_be_measured_is_refused(workdir, model, capsys, arguments, s
     assert re.search(words, error), error
 
 
+@pytest.mark.parametrize("key", ["lpips_weights", "inception_weights"])
+def test_missing_weights_are_told_before_a_judge_is_trained(model, tmp_path, capsys, key):
+    arguments = [f"--model={model}", f"--config.evaluate.{key}=nowhere.pth"]
+    arguments += ["--config.evaluate.features=inception"] if key == "inception_weights" else []
+    with mock.patch.object(judge, "load_or_train", side_effect=AssertionError("trained for nothing")):
+        assert run(tmp_path, "--task=evaluate", *arguments) == 65
+    assert f"config.evaluate.{key}='nowhere.pth' is not a file" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_images_of_another_size_than_the_data_are_refused(workdir, drawn, tmp_path, capsys):
     save_npz(tmp_path / "small.npz", drawn[0][:, ::2, ::2], drawn[1])
     assert run(workdir, "--task=evaluate", f"--config.evaluate.images={tmp_path / 'small.npz'}") == 65
