@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ear_jax.pipeline import load
+    from ear_jax.inference.pipeline import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -12,7 +12,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Importing the package must stay cheap and leave jax alone; only `load` needs it.
     if name == "load":
-        from ear_jax.pipeline import load
+        from ear_jax.inference.pipeline import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,24 +19,21 @@ from ear_jax.backbones.masked import MaskedBackbone
 from ear_jax.backbones.next_scale import NextScaleBackbone, embedding_std
 from ear_jax.config.derive import generator_level
 from ear_jax.config.schema import Config, GeneratorConfig, LevelConfig
-from ear_jax.data.sources import SOURCES as SOURCES  # the data room has no jax and keeps its own table
-from ear_jax.diffusion_generator import DiffusionGenerator
+from ear_jax.data.open import SOURCES as SOURCES  # the data room has no jax and keeps its own table
 from ear_jax.errors import ConfigError
-from ear_jax.generator import Generator, LevelPlan
+from ear_jax.generators.diffusion import DiffusionGenerator, sample_diffusion
+from ear_jax.generators.masked import Generator, LevelPlan
+from ear_jax.generators.masked_sampler import sample_levels
+from ear_jax.generators.next_scale import FrozenVariable, NextScaleGenerator, sample_scales
 from ear_jax.heads.diffusion import DiffusionHead
 from ear_jax.heads.energy import EnergyHead
 from ear_jax.heads.softmax import SoftmaxHead
-from ear_jax.next_scale_generator import FrozenVariable, NextScaleGenerator
-from ear_jax.sampling.diffusion import sample_diffusion
-from ear_jax.sampling.loop import sample_levels
-from ear_jax.sampling.next_scale import sample_scales
-from ear_jax.tokenizers.hart import HartTokenizer
 from ear_jax.tokenizers.kl_vae import KLVAE
 from ear_jax.tokenizers.lite_hybrid import LiteHybrid
 from ear_jax.tokenizers.lite_vae import LiteVAE
 from ear_jax.tokenizers.objective import TokenizerObjective
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
-from ear_jax.tokenizers.vqvae import VQVAE
+from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
 from ear_jax.types import LevelSpec, TokenizerSpec
 
 Sampler = Callable[..., tuple[jax.Array, ...]]

@@ -12,12 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ear_jax.config import files
-from ear_jax.config.leaves import groups, leaves
+from ear_jax.config.read import listing, load, raise_faults, resolve
 from ear_jax.config.schema import Config
-from ear_jax.config.strict import raise_faults, resolve
 from ear_jax.config.suggest import closest, closest_paths
-from ear_jax.config.values import describe_range
+from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
 from ear_jax.tasks import SUMMARIES, TASKS
 
@@ -64,7 +62,7 @@ def help_text(arguments: Sequence[str]) -> str:
             raise ConfigError(f"--help={topic}: no such group or key.{hint}")
         return "\n".join(_key_line(path) for path in chosen)
     tasks = [f"  {name:<11}{SUMMARIES[name]}" for name in TASKS]
-    return "\n".join([_USAGE, *tasks, "", files.listing(), "", "All keys with ranges and defaults: --help=all"])
+    return "\n".join([_USAGE, *tasks, "", listing(), "", "All keys with ranges and defaults: --help=all"])
 
 
 def read(arguments: Sequence[str]) -> Request:
@@ -130,10 +128,10 @@ def _flag_hint(name: str) -> str:
 
 def _base_values(flags: Mapping[str, str]) -> tuple[Mapping[str, Any] | ConfigDict, str]:
     if "config" in flags:
-        return files.load(flags["config"])
+        return load(flags["config"])
     if "model" in flags:
         # Reading only where the model is, not its weights, keeps this free of jax.
-        from ear_jax.io.model_folder import find
+        from ear_jax.folders.model_folder import find
 
         folder = find(flags["model"])
         words = [
@@ -142,7 +140,7 @@ def _base_values(flags: Mapping[str, str]) -> tuple[Mapping[str, Any] | ConfigDi
         return _stored(folder / "config.json"), f"model_{words[-1] if words else 'root'}"
     if "workdir" in flags and (stored := Path(flags["workdir"]) / "config.json").is_file():
         return _stored(stored), Path(flags["workdir"]).name
-    raise ConfigError(f"--config=FILE is missing. Try --config=configs/lite_hybrid.py\n{files.listing()}")
+    raise ConfigError(f"--config=FILE is missing. Try --config=configs/lite_hybrid.py\n{listing()}")
 
 
 def _stored(path: Path) -> Mapping[str, Any]:

@@ -19,8 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command_line.wants_help(arguments):
             return _print(command_line.help_text(arguments))
         request = command_line.read(arguments)
-        task = importlib.import_module(TASKS[request.task])
-        task.run(request.config, request.workdir, model=request.model)
+        module, _, function = TASKS[request.task].partition(":")
+        task = getattr(importlib.import_module(module), function)
+        task(request.config, request.workdir, model=request.model)
     except EarError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_status

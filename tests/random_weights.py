@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ear_jax.nn.functional import Arrays, Functional, arrays_of, functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Arrays, Functional, Keys, arrays_of, functional
 
 
 def random_weights(create: Callable[[Keys], Any], seed: int = 0) -> tuple[Functional, Arrays, Arrays]:

@@ -7,11 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.attention import SelfAttention
-from ear_jax.nn.linear import ZEROS, Linear, layer_norm
-from ear_jax.nn.mlp import Mlp
-from ear_jax.nn.positions import sincos_positions
-from ear_jax.nn.stack import run_stack, stacked
-from ear_jax.nn.time_embedding import TimeEmbedding
+from ear_jax.nn.layers import ZEROS, Linear, Mlp, TimeEmbedding, layer_norm, sincos_positions
+from ear_jax.nn.transformer import run_stack, stacked
 from ear_jax.types import LevelSpec
 
 

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.backbones.masked import EMBEDDING, LevelEmbedding
-from ear_jax.nn.linear import Linear, layer_norm
+from ear_jax.nn.layers import Linear, layer_norm
 from ear_jax.nn.transformer import Transformer
 from ear_jax.types import LevelSpec
 

@@ -15,10 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ear_jax.nn.cached_attention import KeysValues
-from ear_jax.nn.linear import Linear, layer_norm
-from ear_jax.nn.modulated_block import ModulatedBlock
-from ear_jax.nn.stack import run_stack, stacked
+from ear_jax.nn.attention import KeysValues
+from ear_jax.nn.layers import Linear, layer_norm
+from ear_jax.nn.transformer import ModulatedBlock, run_stack, stacked
 
 MODULATION_INIT = 0.5
 Initializer = jax.nn.initializers.Initializer

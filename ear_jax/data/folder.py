@@ -15,8 +15,9 @@ from typing import TypeVar
 from ear_jax.config.schema import DataConfig
 from ear_jax.data.images import EXTENSIONS, DecodeRules, check_header
 from ear_jax.data.quarantine import DamagedImage, Quarantine, printable
-from ear_jax.data.sources import Split, digest_of
+from ear_jax.data.sources import Split
 from ear_jax.errors import ConfigError, DataError, StorageError
+from ear_jax.files import digest_of
 
 _EVAL_FOLDERS = ("val", "validation", "test")
 _SPLIT_FOLDERS = frozenset({"train", *_EVAL_FOLDERS})

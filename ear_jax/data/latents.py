@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ear_jax.data.sources import Batch, digest_of
+from ear_jax.data.sources import Batch
 from ear_jax.errors import DataError, StorageError
+from ear_jax.files import digest_of
 from ear_jax.levels import LevelSpec
 
 _VERSION = 1

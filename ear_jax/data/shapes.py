@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ear_jax.config.schema import ShapesConfig
+from ear_jax.data.images import flip_where
 from ear_jax.data.quarantine import Quarantine
 from ear_jax.data.randomness import uniform
-from ear_jax.data.sources import Batch, Split, digest_of
-from ear_jax.data.transforms import flip_where
+from ear_jax.data.sources import Batch, Split
+from ear_jax.files import digest_of
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Signed distance (negative inside) at points x (right), y (up) of a shape that fits the unit circle."""

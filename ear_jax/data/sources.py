@@ -5,17 +5,16 @@ latents cache need only the `Source` protocol. `SOURCES` is the list of kinds.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from ear_jax.config.schema import DataConfig
-from ear_jax.data.images import DecodeRules, decode
+from ear_jax.data.images import DecodeRules, center_crop, decode, flip_where
 from ear_jax.data.quarantine import DamagedImage, Quarantine
-from ear_jax.data.transforms import center_crop, flip_where
-from ear_jax.errors import ConfigError, DataError
+from ear_jax.data.randomness import permutation
+from ear_jax.errors import DataError
+from ear_jax.files import digest_of
 
 Split = Literal["train", "eval"]
 Batch = dict[str, np.ndarray]
@@ -164,56 +163,23 @@ class ArraySource:
         return {"image": images, "label": self._labels[indices], "index": np.asarray(indices, np.int64)}
 
 
-def digest_of(*parts: Any) -> str:
-    """Return 16 hex digits that identify the parts, which must have a stable repr or be bytes."""
-    state = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        state.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogateescape"))
-        state.update(b"\0")
-    return state.hexdigest()
+_SALT = 11
 
 
-def _open_shapes(config: DataConfig, split: Split, argument: str, seed: int) -> SplitSource:
-    from ear_jax.data.shapes import ShapesSource
+class Subset:
+    """`count` images of a source, in its order; which ones depends on the seed and the number of images alone."""
 
-    count = config.shapes.images if split == "train" else config.eval_images
-    return ShapesSource(config.shapes, split, count=count, image_px=config.image_px, seed=seed)
+    def __init__(self, source: Source, count: int, *, seed: int = 0) -> None:
+        self._source = source
+        self._rows = np.sort(permutation(len(source), seed, _SALT)[:count])
+        self.class_names = source.class_names
+        self.decodes = getattr(source, "decodes", False)
+        self.digest = source.digest if len(self._rows) == len(source) else digest_of(source.digest, count, seed)
 
+    def __len__(self) -> int:
+        return len(self._rows)
 
-def _open_folder(config: DataConfig, split: Split, argument: str, seed: int) -> SplitSource:
-    from ear_jax.data.folder import FolderSource
-
-    rules = DecodeRules.of(config)
-    return _decoded(FolderSource(argument, split, config, rules), config, rules)
-
-
-def _open_tfds(config: DataConfig, split: Split, argument: str, seed: int) -> SplitSource:
-    from ear_jax.data.tfds import TfdsSource
-
-    return _decoded(TfdsSource(argument, split, config), config, DecodeRules.of(config))
-
-
-def _decoded(encoded: EncodedSource, config: DataConfig, rules: DecodeRules) -> ImageSource:
-    return ImageSource(encoded, image_px=config.image_px, rules=rules, cache_mib=config.cache_mib)
-
-
-SOURCES: Mapping[str, Callable[[DataConfig, Split, str, int], SplitSource]] = {
-    "shapes": _open_shapes,
-    "folder": _open_folder,
-    "tfds": _open_tfds,
-}
-"""Kinds of data set by the word before the colon of `data.source`."""
-
-
-def open_split(config: DataConfig, split: Split, *, seed: int) -> SplitSource:
-    """Open the training or the evaluation images of a configuration.
-
-    Only `shapes` depends on the seed. Raises ConfigError for an unknown source, DataError for data that cannot be used.
-    """
-    kind, _, argument = config.source.partition(":")
-    if kind not in SOURCES or bool(argument) == (kind == "shapes"):
-        raise ConfigError(
-            f"config.data.source={config.source!r} is not a data source. Known: shapes, folder:PATH, tfds:NAME. "
-            "Example: --config.data.source=folder:photos"
-        )
-    return SOURCES[kind](config, split, argument, seed)
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        """Return the rows at int64 [B], mirrored where bool [B] says so; "index" is the place in this draw."""
+        rows = self._source.batch(self._rows[indices], flips)
+        return {**rows, "index": np.asarray(indices, np.int64)}

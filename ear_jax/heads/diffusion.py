@@ -8,10 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ear_jax.nn import gaussian_diffusion as diffusion
-from ear_jax.nn.linear import ZEROS, Linear, layer_norm
-from ear_jax.nn.noise_block import NoiseBlock
-from ear_jax.nn.time_embedding import TimeEmbedding
+from ear_jax.nn import diffusion
+from ear_jax.nn.layers import ZEROS, Linear, NoiseBlock, TimeEmbedding, layer_norm
 from ear_jax.types import Metrics
 
 

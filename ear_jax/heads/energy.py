@@ -6,8 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ear_jax.nn.linear import ZEROS, Linear, layer_norm
-from ear_jax.nn.noise_block import NoiseBlock
+from ear_jax.nn.layers import ZEROS, Linear, NoiseBlock, layer_norm
 from ear_jax.types import Metrics
 
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ear_jax.nn.linear import XAVIER, Linear
+from ear_jax.nn.layers import XAVIER, Linear
 from ear_jax.types import Metrics
 
 

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from ear_jax.io.atomic import write_bytes
+from ear_jax.files import write_bytes
 from ear_jax.metrics.classifier import Classifier
 
 FILE_NAME = "classifier.safetensors"

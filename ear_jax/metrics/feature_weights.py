@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from ear_jax.errors import DataError
-from ear_jax.io.convert import inception, lpips
-from ear_jax.io.convert.entries import Entry
-from ear_jax.io.download import PublicFile, fetch, file_sha256
-from ear_jax.io.torch_legacy import is_legacy, read_legacy
-from ear_jax.io.torch_reader import read_tensors
+from ear_jax.files import file_sha256
+from ear_jax.weights.download import PublicFile, fetch
+from ear_jax.weights.entries import Entry
+from ear_jax.weights.families import inception, lpips
+from ear_jax.weights.torch_legacy import is_legacy, read_legacy
+from ear_jax.weights.torch_reader import read_tensors
 
 INCEPTION = PublicFile(
     name="pt_inception-2015-12-05-6726825d.pth",

@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ear_jax.errors import DataError, StorageError
-from ear_jax.io.atomic import atomic_file
-from ear_jax.io.download import file_sha256
-from ear_jax.io.reference_stats import ReferenceStatistics, load_reference_statistics, save_reference_statistics
+from ear_jax.files import atomic_file, file_sha256
 from ear_jax.metrics.collector import Collected, Collector
 from ear_jax.metrics.features import FeatureNetwork
 from ear_jax.metrics.protocol import ROUNDED_BEFORE, FeatureProtocol
+from ear_jax.metrics.reference_files import ReferenceStatistics, load_reference_statistics, save_reference_statistics
 from ear_jax.metrics.score_types import ImageBatch, ScoreSettings
 
 

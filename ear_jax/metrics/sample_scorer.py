@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 
 from ear_jax.errors import DataError
-from ear_jax.io.reference_stats import check_reference
 from ear_jax.metrics.collapse import collapse_alarm
 from ear_jax.metrics.collector import NO_LABEL, Collected, Collector, total
 from ear_jax.metrics.density_coverage import density_coverage
@@ -18,6 +17,7 @@ from ear_jax.metrics.kernel_distance import kernel_distance
 from ear_jax.metrics.precision_recall import precision_recall
 from ear_jax.metrics.protocol import ROUNDING, Protocol, SamplingProtocol
 from ear_jax.metrics.reference import Reference, feature_protocol
+from ear_jax.metrics.reference_files import check_reference
 from ear_jax.metrics.score_types import SAMPLE_METRICS, ImageBatch, Scores, ScoreSettings, Tally
 
 _NEEDS = {

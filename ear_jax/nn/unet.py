@@ -16,7 +16,7 @@ from ear_jax.nn.conv import (
     convolution,
     upsample_nearest,
 )
-from ear_jax.nn.norm import GroupNorm
+from ear_jax.nn.layers import GroupNorm
 
 
 class ResidualBlock(nnx.Module):

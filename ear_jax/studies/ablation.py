@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ear_jax import pipeline
 from ear_jax.config.schema import Config
-from ear_jax.pipeline import Pipeline
-from ear_jax.studies import plots, report
+from ear_jax.inference import pipeline
+from ear_jax.inference.pipeline import Pipeline
+from ear_jax.studies import report
 from ear_jax.studies.arms import ABLATION, with_changes
 from ear_jax.studies.judge import Judge
-from ear_jax.studies.runs import each_seed, generator_run, kept, latents_run
-from ear_jax.studies.timing import image_ms
+from ear_jax.studies.runs import each_seed, generator_run, image_ms, kept, latents_run
 
 WANTED_GAIN = 0.15
 WANTED_MS = 1.0
@@ -195,4 +194,4 @@ def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
             series.setdefault(name, []).append((at, line["fd"]["mean"], line["fd"]["std"]))
         if series:
             panels[(f"quality against {label}", label, "FD-classifier")] = series
-    plots.lines(path, panels)
+    report.lines(path, panels)

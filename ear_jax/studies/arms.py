@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ear_jax.config.leaves import flatten, leaves, unflatten
 from ear_jax.config.schema import Config
 from ear_jax.config.validate import cross_faults
+from ear_jax.config.values import flatten, leaves, unflatten
 from ear_jax.errors import ConfigError
 
 

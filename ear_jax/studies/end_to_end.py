@@ -6,20 +6,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from ear_jax import pipeline
-from ear_jax.bench.pipeline_stages import IMAGE_TO_IMAGE, LABEL_TO_IMAGE, PipelineStages
 from ear_jax.bench.plausibility import ROUNDING_LEVELS, cpu_flops_bound, roofline_faults
-from ear_jax.bench.stages import time_stages
+from ear_jax.bench.stages import IMAGE_TO_IMAGE, LABEL_TO_IMAGE, PipelineStages
+from ear_jax.bench.timing import time_stages
 from ear_jax.config import derive
 from ear_jax.config.schema import Config
-from ear_jax.data.sources import digest_of
 from ear_jax.errors import ConfigError
-from ear_jax.io import model_folder
-from ear_jax.pipeline import Pipeline
-from ear_jax.studies import plots, report
+from ear_jax.files import digest_of
+from ear_jax.folders import model_folder
+from ear_jax.inference import pipeline
+from ear_jax.inference.pipeline import Pipeline
+from ear_jax.stages.sample import steps_of_levels
+from ear_jax.studies import report
 from ear_jax.studies.runs import kept
-from ear_jax.tasks.sample import steps_of_levels
-from ear_jax.training.hardware import peak_flops_per_s
+from ear_jax.training.report import peak_flops_per_s
 from ear_jax.types import TokenizerSpec
 
 BATCHES = (1, 4, 16)
@@ -167,7 +167,7 @@ def _report(root: Path, rows: list[dict[str, Any]], protocol: dict[str, Any]) ->
     for line in summary:
         series = panels.setdefault((line["path"], "images a call", "ms an image"), {})
         series.setdefault(line["stage"], []).append((line["batch"], line["ms"]["mean"], line["ms"]["std"]))
-    plots.lines(root / "study.png", panels)
+    report.lines(root / "study.png", panels)
     return result
 
 

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ear_jax.config.schema import Config
+from ear_jax.inference.pipeline import Pipeline, load
 from ear_jax.metrics.reconstruction import psnr, ssim
-from ear_jax.pipeline import Pipeline, load
-from ear_jax.studies import plots, report
+from ear_jax.studies import report
 from ear_jax.studies.arms import FIDELITY
 from ear_jax.studies.judge import Judge, chunks
-from ear_jax.studies.runs import each_seed, kept, tokenizer_run
-from ear_jax.studies.timing import image_ms
+from ear_jax.studies.runs import each_seed, image_ms, kept, tokenizer_run
 from ear_jax.types import Tokens
 
 TIMED_BATCH = 32
@@ -120,5 +119,5 @@ def _report(root: Path, rows: list[dict[str, Any]], judge: Judge, times: dict[st
         for name in ("rfd", "psnr", "decode_ms")
         if all(name in line for line in summary)
     }
-    plots.bars(root / "study.png", [line["arm"] for line in summary], panels)
+    report.bars(root / "study.png", [line["arm"] for line in summary], panels)
     return result

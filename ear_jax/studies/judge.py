@@ -7,12 +7,13 @@ import numpy as np
 
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import eval_batches
-from ear_jax.data.sources import SplitSource, open_split
+from ear_jax.data.open import open_split
+from ear_jax.data.sources import SplitSource
 from ear_jax.metrics import classifier
 from ear_jax.metrics.diversity import sample_diversity
 from ear_jax.metrics.frechet import frechet_distance
 from ear_jax.metrics.statistics import statistics_of
-from ear_jax.tasks.judge import open_judge
+from ear_jax.stages.judge import open_judge
 
 _TRUST_IMAGES = 1_000
 

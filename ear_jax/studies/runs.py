@@ -3,23 +3,23 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ear_jax import pipeline
-from ear_jax.config import strict
+from ear_jax.bench.timing import time_stages
+from ear_jax.config import read
 from ear_jax.config.schema import Config
-from ear_jax.data.sources import digest_of
 from ear_jax.errors import ConfigError
-from ear_jax.io.workdir import read_json, write_json
+from ear_jax.files import digest_of, read_json, write_json
+from ear_jax.inference import pipeline
+from ear_jax.stages.generator import train_generator
+from ear_jax.stages.latents import cache_latents
+from ear_jax.stages.session import open_session
+from ear_jax.stages.tokenizer import train_tokenizer
 from ear_jax.studies.arms import Arm, with_changes
-from ear_jax.tasks.generator import train_generator
-from ear_jax.tasks.latents import cache_latents
-from ear_jax.tasks.session import open_session
-from ear_jax.tasks.tokenizer import train_tokenizer
 
 
 def tokenizer_run(config: Config, folder: Path) -> pipeline.Pipeline:
@@ -77,7 +77,7 @@ def each_seed(
 def kept(folder: Path, config: Config, measure: Callable[[], Any], *, name: str = "result") -> Any:
     """Return the result kept in a run folder if it was measured under this configuration, else measure and keep it."""
     path = folder / f"{name}.json"
-    made_from = digest_of(json.dumps(strict.to_dict(config), sort_keys=True, default=str))
+    made_from = digest_of(json.dumps(read.to_dict(config), sort_keys=True, default=str))
     found = read_json(path)
     if found is not None and found.get("made_from") == made_from:
         return found["value"]
@@ -98,3 +98,36 @@ def shared_programs(folder: Path) -> Iterator[None]:
     finally:
         for name, value in zip(names, before, strict=True):
             jax.config.update(name, value)
+
+
+WARMUP_REPEATS = 2
+REPEATS = 10
+
+
+def image_ms(
+    root: Path, config: Config, images: int, calls: Callable[[], Mapping[str, Callable[[], Any]]]
+) -> dict[str, dict[str, float]]:
+    """Return the median time of each call in ms an image, and its 10th and 90th percentile.
+
+    The calls take turns, so that what else the machine does falls on all of them alike. The result is kept in
+    `times.json`; delete it to measure again.
+
+    Args:
+        root: Folder of the study.
+        config: Its configuration.
+        images: How many images a call makes.
+        calls: Makes the calls by name; asked only when they have to be timed.
+    """
+
+    def measure() -> dict[str, dict[str, float]]:
+        timings = time_stages(calls(), warmup_repeats=WARMUP_REPEATS, repeats=REPEATS)
+        return {
+            timing.name: {
+                "median": timing.median_ms / images,
+                "p10": timing.p10_ms / images,
+                "p90": timing.p90_ms / images,
+            }
+            for timing in timings
+        }
+
+    return kept(root, config, measure, name="times")

@@ -1,24 +1,24 @@
-"""Tasks: one module a verb of the command line, imported only when it is asked for.
+"""Tasks: the verbs of the command line, imported only when they are asked for.
 
-Each module has `run(config: Config, workdir: str, *, model: str | None) -> None`.
+Each is a function `(config: Config, workdir: str, *, model: str | None) -> None`.
 """
 
 TASKS = {
-    "run": "ear_jax.tasks.run",
-    "prepare": "ear_jax.tasks.prepare",
-    "tokenizer": "ear_jax.tasks.tokenizer",
-    "latents": "ear_jax.tasks.latents",
-    "generator": "ear_jax.tasks.generator",
-    "sample": "ear_jax.tasks.sample",
-    "evaluate": "ear_jax.tasks.evaluate",
-    "show": "ear_jax.tasks.show",
-    "bench": "ear_jax.tasks.bench",
-    "study": "ear_jax.tasks.study",
-    "convert": "ear_jax.tasks.convert",
-    "stats": "ear_jax.tasks.stats",
-    "check": "ear_jax.tasks.check",
+    "run": "ear_jax.tasks.run:run",
+    "prepare": "ear_jax.tasks.prepare:run",
+    "tokenizer": "ear_jax.tasks.stages:run_tokenizer",
+    "latents": "ear_jax.tasks.stages:run_latents",
+    "generator": "ear_jax.tasks.stages:run_generator",
+    "sample": "ear_jax.tasks.stages:run_sample",
+    "evaluate": "ear_jax.tasks.stages:run_evaluate",
+    "show": "ear_jax.tasks.show:run",
+    "bench": "ear_jax.tasks.bench:run",
+    "study": "ear_jax.tasks.study:run",
+    "convert": "ear_jax.tasks.convert:run",
+    "stats": "ear_jax.tasks.stages:run_stats",
+    "check": "ear_jax.tasks.check:run",
 }
-"""Name on the command line -> module."""
+"""Name on the command line -> module:function."""
 
 SUMMARIES = {
     "run": "all stages in order, each skipped when its result is complete (the default)",

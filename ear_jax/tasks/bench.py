@@ -9,19 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ear_jax import build, pipeline
-from ear_jax.bench.compile_time import print_compile, time_compile
-from ear_jax.bench.pipeline_stages import DECODE, ENCODE, LABEL_TO_IMAGE, PipelineStages
-from ear_jax.bench.stages import print_stages, time_stages
+from ear_jax import build
+from ear_jax.bench.stages import DECODE, ENCODE, LABEL_TO_IMAGE, PipelineStages
+from ear_jax.bench.timing import print_compile, print_stages, time_compile, time_stages
 from ear_jax.config.derive import StageLengths, tokenizer_levels
 from ear_jax.config.schema import Config
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.sampling.loop import SamplingPlan, image_keys
-from ear_jax.tasks.sample import steps_of_levels
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
+from ear_jax.inference import pipeline
+from ear_jax.nn.functional import Keys, functional
+from ear_jax.stages.sample import steps_of_levels
 from ear_jax.training.optim import make_optimizer, resolve
-from ear_jax.training.state import create_state
-from ear_jax.training.step import make_train_step
+from ear_jax.training.step import create_state, make_train_step
 from ear_jax.types import TokenizerSpec
 
 CLASSES = 1000

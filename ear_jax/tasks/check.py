@@ -14,21 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from ear_jax import pipeline
-from ear_jax.bench.checklist import Checklist, Outcome
-from ear_jax.bench.model_checks import IMAGES, ModelChecks
 from ear_jax.bench.plausibility import cpu_flops_bound
-from ear_jax.bench.tiny_model import tiny_config, tiny_tensors
+from ear_jax.check import components
+from ear_jax.check.checklist import Checklist, Outcome
+from ear_jax.check.model import IMAGES, ModelChecks
+from ear_jax.check.records import accuracies_add_up, utilisation_is_possible
+from ear_jax.check.tiny import tiny_config, tiny_tensors
 from ear_jax.config.schema import Config
-from ear_jax.data.sources import open_split
+from ear_jax.data.open import open_split
 from ear_jax.errors import CheckError, ConfigError
-from ear_jax.io import model_folder
-from ear_jax.io.workdir import Workdir
+from ear_jax.folders import model_folder
+from ear_jax.folders.workdir import Workdir
+from ear_jax.inference import pipeline
+from ear_jax.inference.pipeline import Pipeline
 from ear_jax.metrics.features import ClassifierFeatures
-from ear_jax.pipeline import Pipeline
-from ear_jax.tasks import component_checks as components
-from ear_jax.tasks.recorded_checks import accuracies_add_up, utilisation_is_possible
-from ear_jax.training.hardware import peak_flops_per_s
+from ear_jax.training.report import peak_flops_per_s
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:

@@ -13,18 +13,19 @@ import numpy as np
 from flax import nnx
 
 from ear_jax import build
-from ear_jax.config import from_dict, strict
+from ear_jax.config import from_dict, read
 from ear_jax.config.schema import Config, ConvertConfig
 from ear_jax.errors import ConfigError
-from ear_jax.io import model_folder, safetensors_file
-from ear_jax.io.convert import registry
-from ear_jax.io.convert.apply import Shapes, ours_of, theirs_of
-from ear_jax.io.convert.entries import Entry, from_elsewhere
-from ear_jax.io.tensor_names import check
-from ear_jax.io.torch_reader import TensorFile, open_tensors
-from ear_jax.io.workdir import Workdir, write_json
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
+from ear_jax.files import write_json
+from ear_jax.folders import model_folder
+from ear_jax.folders.model_folder import check
+from ear_jax.folders.workdir import Workdir
+from ear_jax.nn.functional import Keys, functional
+from ear_jax.weights import safetensors_file
+from ear_jax.weights.apply import Shapes, ours_of, theirs_of
+from ear_jax.weights.entries import Entry, from_elsewhere
+from ear_jax.weights.families import registry
+from ear_jax.weights.torch_reader import TensorFile, open_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _is_tokenizer(config: Config, opened: TensorFile) -> bool:
 
 def _write(config: Config, workdir: Workdir, parts: dict[str, Part], class_names: list[str]) -> Path:
     stage = "generator" if "generator" in parts else "tokenizer"
-    stored = strict.to_dict(dataclasses.replace(config, convert=ConvertConfig()))
+    stored = read.to_dict(dataclasses.replace(config, convert=ConvertConfig()))
     facts = {f"Origin of the {name}": part.origin for name, part in parts.items()}
     arrays = {name: part.arrays for name, part in parts.items()}
     with workdir:

@@ -3,13 +3,13 @@
 import time
 
 from ear_jax.config.schema import Config
-from ear_jax.tasks.evaluate import evaluate
-from ear_jax.tasks.generator import train_generator
-from ear_jax.tasks.latents import cache_latents
+from ear_jax.stages.evaluate import evaluate
+from ear_jax.stages.generator import train_generator
+from ear_jax.stages.latents import cache_latents
+from ear_jax.stages.sample import sample
+from ear_jax.stages.session import open_session
+from ear_jax.stages.tokenizer import train_tokenizer
 from ear_jax.tasks.prepare import prepare
-from ear_jax.tasks.sample import sample
-from ear_jax.tasks.session import open_session
-from ear_jax.tasks.tokenizer import train_tokenizer
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:

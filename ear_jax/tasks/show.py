@@ -10,14 +10,13 @@ from clu import parameter_overview
 from flax import nnx
 
 from ear_jax import build
-from ear_jax.bench.flops import count_equations, count_flops
 from ear_jax.config.derive import generator_level, level_steps
-from ear_jax.config.leaves import flatten
 from ear_jax.config.schema import Config
-from ear_jax.nn.functional import Arrays, functional
-from ear_jax.nn.keys import Keys
-from ear_jax.sampling.loop import SamplingPlan, image_keys
-from ear_jax.training.start_report import readable_count
+from ear_jax.config.values import flatten
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
+from ear_jax.nn.flops import count_equations, count_flops
+from ear_jax.nn.functional import Arrays, Keys, functional
+from ear_jax.training.report import readable_count
 from ear_jax.types import TokenizerSpec, Tokens
 
 CLASSES_UNKNOWN = 1000

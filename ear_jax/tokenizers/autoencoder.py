@@ -12,9 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ear_jax.nn.attention import SpatialAttention
 from ear_jax.nn.conv import convolution, upsample_nearest
-from ear_jax.nn.norm import GroupNorm
-from ear_jax.nn.spatial_attention import SpatialAttention
+from ear_jax.nn.layers import GroupNorm
 
 IMAGE_CHANNELS = 3
 GROUPS = 32

@@ -6,8 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ear_jax.nn.attention import SpatialAttention
 from ear_jax.nn.conv import ZEROS, convolution
-from ear_jax.nn.spatial_attention import SpatialAttention
 
 
 class NoFusion(nnx.Module):

@@ -13,13 +13,12 @@ from jaxtyping import Array, Float, Int
 from ear_jax.nn.perceptual import load_perceptual
 from ear_jax.tokenizers.adversarial import AdversarialLoss
 from ear_jax.tokenizers.codebook import usage
-from ear_jax.tokenizers.hart import HartTokenizer
 from ear_jax.tokenizers.kl_vae import KLVAE
 from ear_jax.tokenizers.latents import sample_gaussian
 from ear_jax.tokenizers.lite_hybrid import HybridTraining, LiteHybrid
 from ear_jax.tokenizers.lite_vae import LiteVAE
 from ear_jax.tokenizers.losses import gaussian_loss, kl_to_unit_normal, masked_mean, psnr, wavelet_loss
-from ear_jax.tokenizers.vqvae import VQVAE
+from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
 from ear_jax.types import Metrics
 
 Terms = dict[str, tuple[float, jax.Array]]

@@ -9,10 +9,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from ear_jax.distributed.sharding import state_shardings
-from ear_jax.nn.functional import Arrays, Functional, arrays_of, functional
-from ear_jax.nn.keys import Keys
-from ear_jax.training.state import TrainState, create_state
+from ear_jax.distributed.mesh import state_shardings
+from ear_jax.nn.functional import Arrays, Functional, Keys, arrays_of, functional
+from ear_jax.training.step import TrainState, create_state
 
 ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
 

@@ -12,23 +12,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ear_jax.bench.flops import count_flops
+from ear_jax.checkpoint.store import CheckpointStore
 from ear_jax.config.schema import TrainingConfig
 from ear_jax.data.loader import Loader
 from ear_jax.distributed.mesh import check_batch_size, put_batch, replicated
 from ear_jax.distributed.stop_signal import StopSignal
 from ear_jax.distributed.watchdog import Watchdog
 from ear_jax.errors import NonFiniteError, PreemptedError
-from ear_jax.io.checkpoint import CheckpointStore
+from ear_jax.nn.flops import count_flops
 from ear_jax.nn.functional import Arrays, Functional
-from ear_jax.training.hardware import peak_flops_per_s
 from ear_jax.training.initialise import ModuleFactory, Prepared, prepare
 from ear_jax.training.ledger import Ledger, batch_digest
 from ear_jax.training.optim import Recipe, make_optimizer
 from ear_jax.training.progress import Progress
-from ear_jax.training.start_report import loader_images_per_s, parameter_counts, start_report
-from ear_jax.training.state import TrainState
-from ear_jax.training.step import make_train_step
+from ear_jax.training.report import loader_images_per_s, parameter_counts, peak_flops_per_s, start_report
+from ear_jax.training.step import TrainState, make_train_step
 from ear_jax.training.tensorboard import TensorBoard
 
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]

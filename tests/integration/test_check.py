@@ -15,13 +15,14 @@ from integration.tiny import SMALLEST, TRAINING, random_model, tiny_config
 
 import ear_jax
 from ear_jax import main
-from ear_jax.bench import model_checks, pipeline_stages
-from ear_jax.bench.model_checks import ModelChecks
-from ear_jax.bench.tiny_model import tiny_config as tiny_of
+from ear_jax.bench import stages as pipeline_stages
+from ear_jax.check import components as component_checks
+from ear_jax.check import model as model_checks
+from ear_jax.check.model import ModelChecks
+from ear_jax.check.tiny import tiny_config as tiny_of
+from ear_jax.folders import model_folder
 from ear_jax.heads import energy
-from ear_jax.io import model_folder
-from ear_jax.pipeline import Pipeline
-from ear_jax.tasks import component_checks
+from ear_jax.inference.pipeline import Pipeline
 
 NAMES = ("circle", "square", "triangle", "star")
 PX = SMALLEST["data__image_px"]

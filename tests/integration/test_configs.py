@@ -13,15 +13,13 @@ from quick import QUICK
 from random_weights import random_weights
 
 from ear_jax import build
-from ear_jax.config import derive, files, strict
+from ear_jax.config import derive, read
 from ear_jax.config.schema import Config, TrainingConfig
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
 from ear_jax.levels import TokenizerSpec
-from ear_jax.nn.functional import Functional, functional
-from ear_jax.nn.keys import Keys
-from ear_jax.sampling.loop import SamplingPlan, image_keys
+from ear_jax.nn.functional import Functional, Keys, functional
 from ear_jax.training.optim import make_optimizer, resolve
-from ear_jax.training.state import TrainState, create_state
-from ear_jax.training.step import make_train_step
+from ear_jax.training.step import TrainState, create_state, make_train_step
 from ear_jax.types import Tokens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,14 +28,14 @@ RECIPES = [
     f"{path.name}:{variant}"
     for path in sorted((REPOSITORY / "configs").glob("[!_]*.py"))
     if path.name != "convert.py"  # the other recipes again
-    for variant in files._execute(path).VARIANTS
+    for variant in read._execute(path).VARIANTS
 ]
 TRACED = {"demo", "imagenet256", "s2", "b", "d16"}
 """Variants traced by default, as each takes seconds: two levels small and large, and each published family."""
 
 
 def load(recipe: str) -> Config:
-    return strict.resolve(files.load(str(REPOSITORY / "configs" / recipe))[0])
+    return read.resolve(read.load(str(REPOSITORY / "configs" / recipe))[0])
 
 
 def tokenizer_batch(config: Config, rows: int) -> dict[str, Any]:

@@ -13,12 +13,10 @@ import pytest
 from jax.sharding import Mesh
 from tiny import differing, one_device_mesh, quick_compilation, stage_run, tiny_config, to_numpy
 
-from ear_jax.distributed import sharding
 from ear_jax.distributed.mesh import make_mesh, put_batch, replicated
 from ear_jax.training.initialise import Prepared, prepare
 from ear_jax.training.optim import make_optimizer
-from ear_jax.training.state import TrainState
-from ear_jax.training.step import make_train_step
+from ear_jax.training.step import TrainState, make_train_step
 
 UPDATES = 3
 METRIC_TOLERANCE = 1e-5  # relative; 5e-7 was seen
@@ -72,7 +70,7 @@ def stage_of(name: str, folder: Path) -> Stage:
         batches = [next(run.loader) for _ in range(UPDATES)]
 
     def prepared(mesh: Mesh) -> Prepared:
-        with mock.patch.object(sharding, "REPLICATE_BELOW_ELEMENTS", SHARD_ABOVE_ELEMENTS):
+        with mock.patch("ear_jax.distributed.mesh.REPLICATE_BELOW_ELEMENTS", SHARD_ABOVE_ELEMENTS):
             return prepare(run.create, optimizer, mesh, seed=0)
 
     def step(prepared: Prepared, accumulation_steps: int) -> Any:

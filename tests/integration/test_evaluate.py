@@ -20,26 +20,27 @@ from PIL import Image
 from test_loop import Line, loader_of
 from tiny import differing, one_device_mesh, quick_compilation, random_model, tiny_config, to_numpy, updates
 
-from ear_jax import pipeline
-from ear_jax.config import strict
+from ear_jax.config import read
 from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import SAMPLE_METRICS, Config
-from ear_jax.data.sources import open_split
-from ear_jax.data.subset import Subset
-from ear_jax.io import model_folder, safetensors_file
-from ear_jax.io.pictures import save_npz
-from ear_jax.io.reference_stats import load_reference_statistics
+from ear_jax.data.open import open_split
+from ear_jax.data.sources import Subset
+from ear_jax.folders import model_folder
+from ear_jax.folders.pictures import save_npz
+from ear_jax.inference import pipeline
 from ear_jax.main import main
 from ear_jax.metrics import sample_scorer
 from ear_jax.metrics.feature_weights import lpips_weights
 from ear_jax.metrics.protocol import Protocol
+from ear_jax.metrics.reference_files import load_reference_statistics
 from ear_jax.nn.perceptual import SLICES, PerceptualDistance
-from ear_jax.tasks import judge, session
-from ear_jax.tasks.references import class_ids
-from ear_jax.tasks.training_scores import TrainingScores
+from ear_jax.stages import judge, session
+from ear_jax.stages.references import class_ids
+from ear_jax.stages.training_scores import TrainingScores
 from ear_jax.training import ledger, loop
 from ear_jax.training.optim import resolve
-from ear_jax.training.state import TrainState
+from ear_jax.training.step import TrainState
+from ear_jax.weights import safetensors_file
 
 RECIPE = f"--config={tiny.__file__}"
 CONFIG = tiny.CONFIG
@@ -232,7 +233,7 @@ def line_run(folder: Path, config: Config, score: loop.ScoreHook | None) -> Trai
     run = loop.StageRun(
         stage="generator",
         config_name="line",
-        config_dict=strict.to_dict(config),
+        config_dict=read.to_dict(config),
         settings=config.generator_training,
         recipe=resolve(config.generator_training, stage_lengths(config.generator_training, 64)),
         create=Line,

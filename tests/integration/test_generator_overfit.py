@@ -9,8 +9,8 @@ from integration.tiny import tiny_config
 from random_weights import random_weights
 
 from ear_jax import build
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys, sample_levels
 from ear_jax.levels import LevelSpec, TokenizerSpec
-from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
 from ear_jax.types import Tokens
 
 CLASSES = 6

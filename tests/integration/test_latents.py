@@ -10,9 +10,9 @@ from PIL import Image
 from random_weights import random_weights
 
 from ear_jax import build, main
-from ear_jax.config import strict
-from ear_jax.io import model_folder
-from ear_jax.tasks import session
+from ear_jax.config import read
+from ear_jax.folders import model_folder
+from ear_jax.stages import session
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def photographs(tmp_path: Path) -> Path:
 def test_an_adopted_tokenizer_makes_the_cache_and_damaged_images_are_reported(tmp_path, photographs, capsys):
     _, *arrays = random_weights(lambda keys: build.build_tokenizer(tiny.CONFIG, rngs=keys))
     tensors = {"tokenizer": {name: np.asarray(leaf) for name, leaf in (arrays[0] | arrays[1]).items()}}
-    model = model_folder.write(tmp_path / "model", strict.to_dict(tiny.CONFIG), tensors, ("cat", "dog"), {})
+    model = model_folder.write(tmp_path / "model", read.to_dict(tiny.CONFIG), tensors, ("cat", "dog"), {})
     work = tmp_path / "work"
     arguments = [
         f"--config={tiny.__file__}",

@@ -14,15 +14,15 @@ import pytest
 from flax import nnx
 from tiny import differing, one_device_mesh, tiny_config, to_numpy, updates
 
-from ear_jax.config import strict
+from ear_jax.checkpoint.store import CheckpointStore
+from ear_jax.config import read
 from ear_jax.config.derive import stage_lengths
 from ear_jax.data.loader import Loader
 from ear_jax.errors import ConfigError, NonFiniteError, PreemptedError
-from ear_jax.io.checkpoint import CheckpointStore
 from ear_jax.training import ledger, loop
 from ear_jax.training.initialise import prepare
 from ear_jax.training.optim import make_optimizer, resolve
-from ear_jax.training.state import TrainState
+from ear_jax.training.step import TrainState
 
 IMAGES, STEPS = 64, 8
 
@@ -78,7 +78,7 @@ def train(
     run = loop.StageRun(
         stage="line",
         config_name="line",
-        config_dict=strict.to_dict(config),
+        config_dict=read.to_dict(config),
         settings=config.generator_training,
         recipe=resolve(config.generator_training, stage_lengths(config.generator_training, IMAGES)),
         create=Line,

@@ -11,10 +11,10 @@ from PIL import Image
 
 import ear_jax
 from ear_jax import main
-from ear_jax.config import strict
+from ear_jax.config import read
 from ear_jax.errors import ConfigError
-from ear_jax.io import model_folder
-from ear_jax.pipeline import Pipeline
+from ear_jax.folders import model_folder
+from ear_jax.inference.pipeline import Pipeline
 from ear_jax.types import Tokens
 
 NAMES = ("circle", "square", "triangle", "star")
@@ -201,16 +201,14 @@ def test_tokens_that_cannot_be_decoded_are_refused(model):
 
 def test_a_tokenizer_alone_reconstructs_but_does_not_sample(folder):
     stored = model_folder.read(folder)
-    alone = Pipeline(
-        strict.from_dict(stored.config_dict), stored.class_names, {"tokenizer": stored.tensors["tokenizer"]}
-    )
+    alone = Pipeline(read.from_dict(stored.config_dict), stored.class_names, {"tokenizer": stored.tensors["tokenizer"]})
     with pytest.raises(ConfigError, match="holds a tokenizer only"):
         alone.sample([0])
 
 
 def test_weights_of_another_model_are_named(folder):
     stored = model_folder.read(folder)
-    wider = strict.from_dict(stored.config_dict | {"generator": stored.config_dict["generator"] | {"patch_size": 2}})
+    wider = read.from_dict(stored.config_dict | {"generator": stored.config_dict["generator"] | {"patch_size": 2}})
     with pytest.raises(ConfigError, match="do not fit the model its config describes"):
         Pipeline(wider, stored.class_names, stored.tensors)
 

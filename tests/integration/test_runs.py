@@ -14,10 +14,10 @@ import pytest
 import tiny
 from tiny import Programs, one_device_mesh, updates
 
+from ear_jax.checkpoint.store import TEMPORARY
 from ear_jax.errors import NonFiniteError
-from ear_jax.io.checkpoint import TEMPORARY
 from ear_jax.main import main
-from ear_jax.tasks import session, tokenizer
+from ear_jax.stages import session, tokenizer
 from ear_jax.training import ledger
 
 STEPS = 24

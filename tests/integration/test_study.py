@@ -13,8 +13,9 @@ from PIL import Image
 
 from ear_jax import main
 from ear_jax.config.schema import Config
-from ear_jax.studies import ablation, arms, end_to_end, fidelity, timing
-from ear_jax.tasks import generator, session, study, tokenizer
+from ear_jax.stages import generator, session, tokenizer
+from ear_jax.studies import ablation, arms, end_to_end, fidelity, runs
+from ear_jax.tasks import study
 
 MODEL = tiny_config(
     **SMALLEST,
@@ -56,7 +57,7 @@ def assert_written(root: Path, rows: int) -> dict[str, Any]:
 
 def test_the_fidelity_study_trains_measures_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fidelity, "FIDELITY", arms.FIDELITY[:1])
-    monkeypatch.setattr(timing, "REPEATS", 2)
+    monkeypatch.setattr(runs, "REPEATS", 2)
     config = tiny_study("fidelity", evaluate__classifier_channels=4)
     with Programs().shared("lite_vae"):
         study.run(config, str(tmp_path))

@@ -19,7 +19,7 @@ from quick import QUICK
 from random_weights import random_weights
 
 from ear_jax import build
-from ear_jax.config import strict
+from ear_jax.config import read
 from ear_jax.config.derive import levels, stage_lengths
 from ear_jax.config.schema import (
     BackboneConfig,
@@ -43,13 +43,13 @@ from ear_jax.config.schema import (
 )
 from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter
 from ear_jax.data.loader import Loader
-from ear_jax.data.sources import open_split
+from ear_jax.data.open import open_split
 from ear_jax.distributed.mesh import make_mesh
-from ear_jax.io import model_folder
+from ear_jax.folders import model_folder
 from ear_jax.levels import LevelSpec, TokenizerSpec
 from ear_jax.training import ledger, loop
 from ear_jax.training.optim import resolve
-from ear_jax.training.state import TrainState
+from ear_jax.training.step import TrainState
 
 TRAINING = TrainingConfig(
     batch_size=8,
@@ -105,7 +105,7 @@ CONFIG = Config(
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the recipe as a config file does; this file can be given to `--config`."""
-    return ml_collections.ConfigDict(strict.to_dict(CONFIG))
+    return ml_collections.ConfigDict(read.to_dict(CONFIG))
 
 
 def tiny_config(**overrides: Any) -> Config:
@@ -178,7 +178,7 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
     return loop.StageRun(
         stage=stage,
         config_name=config.name,
-        config_dict=strict.to_dict(config),
+        config_dict=read.to_dict(config),
         settings=settings,
         recipe=resolve(settings, stage_lengths(settings, len(source))),
         create=create,
@@ -240,7 +240,7 @@ def random_model(folder: Path, config: Config, names: Sequence[str]) -> Path:
     _, *own = random_weights(lambda keys: build.build_generator(config, spec, len(names), rngs=keys))
     parts = {"tokenizer": arrays[0] | arrays[1], "generator": own[0] | own[1]}
     tensors = {part: {name: np.asarray(leaf) for name, leaf in named.items()} for part, named in parts.items()}
-    return model_folder.write(folder, strict.to_dict(config), tensors, tuple(names), {})
+    return model_folder.write(folder, read.to_dict(config), tensors, tuple(names), {})
 
 
 def to_numpy(state: Any) -> dict[str, np.ndarray]:

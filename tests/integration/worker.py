@@ -12,7 +12,7 @@ from tiny import one_device_mesh, quick_compilation
 
 from ear_jax import main
 from ear_jax.data.loader import Loader
-from ear_jax.tasks import session
+from ear_jax.stages import session
 from ear_jax.training import loop
 
 

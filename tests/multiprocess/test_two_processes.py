@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from two_processes import run_two
 
-from ear_jax.io.checkpoint import CheckpointStore
+from ear_jax.checkpoint.store import CheckpointStore
 
 WORKER = Path(__file__).with_name("worker.py")
 WIDTH, BATCH = 256, 16

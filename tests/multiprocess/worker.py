@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ear_jax.distributed.mesh import make_mesh, put_batch
+from ear_jax.checkpoint.manifest import leaf_digests
+from ear_jax.checkpoint.store import CheckpointStore
+from ear_jax.distributed.mesh import make_mesh, put_batch, state_shardings
 from ear_jax.distributed.process import barrier, check_agreement, exit_now, guard_exits, initialise, on_first_process
-from ear_jax.distributed.sharding import state_shardings
 from ear_jax.distributed.stop_signal import StopSignal
 from ear_jax.errors import ConfigError, DataError
-from ear_jax.io.checkpoint import CheckpointStore
-from ear_jax.io.digest import leaf_digests
 
 WIDTH, BATCH = 256, 16
 

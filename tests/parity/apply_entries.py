@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ear_jax.io.convert import apply
-from ear_jax.io.convert.entries import Entry
+from ear_jax.weights import apply
+from ear_jax.weights.entries import Entry
 
 
 def to_ours(

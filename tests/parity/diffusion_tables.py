@@ -4,7 +4,7 @@ import re
 
 from parity.golden import Golden
 
-from ear_jax.nn.gaussian_diffusion import make_process, respace
+from ear_jax.nn.diffusion import make_process, respace
 
 TABLES = {
     "betas": lambda process: process.betas,

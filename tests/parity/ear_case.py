@@ -11,13 +11,12 @@ from parity.apply_entries import to_ours
 from parity.golden import Golden
 
 from ear_jax.backbones.masked import MaskedBackbone
-from ear_jax.generator import Generator, LevelPlan
+from ear_jax.generators.masked import Generator, LevelPlan
 from ear_jax.heads.energy import EnergyHead
-from ear_jax.io.convert.ear import entries
 from ear_jax.levels import LevelSpec
-from ear_jax.nn.functional import Functional, functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Functional, Keys, functional
 from ear_jax.types import Tokens
+from ear_jax.weights.families.ear import entries
 
 
 class PositionedHead(EnergyHead):

@@ -13,11 +13,10 @@ from parity.diffusion_tables import check_tables
 from parity.golden import Golden
 
 from ear_jax.heads.diffusion import DiffusionHead
-from ear_jax.io.convert.diffusion_head import entries
-from ear_jax.nn import gaussian_diffusion as diffusion
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.nn.time_embedding import sinusoids
+from ear_jax.nn import diffusion
+from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.layers import sinusoids
+from ear_jax.weights.families.masked_parts import diffusion_head
 
 TRAIN_STEPS = 1000
 
@@ -31,7 +30,7 @@ class Case:
         own: dict[str, Any] = {}
         if self.is_hart:
             own = {"target_scale": config["vae_scale"], "clip_denoised": True}
-        self.entries = entries(depth=config["depth"], theirs="net.", ours="")
+        self.entries = diffusion_head(depth=config["depth"], theirs="net.", ours="")
         self.static, shapes, _ = functional(
             nnx.eval_shape(
                 lambda: DiffusionHead(

@@ -13,16 +13,14 @@ from parity.diffusion_tables import check_tables
 from parity.golden import Golden
 
 from ear_jax.backbones.dit import DiT
-from ear_jax.diffusion_generator import DiffusionGenerator
-from ear_jax.generator import patchify, unpatchify
-from ear_jax.io.convert.dit import entries
+from ear_jax.generators.diffusion import DiffusionGenerator, denoise_level, denoiser
+from ear_jax.generators.masked import patchify, unpatchify
+from ear_jax.generators.masked_sampler import SamplingPlan
 from ear_jax.levels import LevelSpec
-from ear_jax.nn import gaussian_diffusion as diffusion
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.nn.positions import sincos_positions
-from ear_jax.sampling.diffusion import denoise_level, denoiser
-from ear_jax.sampling.loop import SamplingPlan
+from ear_jax.nn import diffusion
+from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.layers import sincos_positions
+from ear_jax.weights.families.dit import entries
 
 SCHEDULE, TRAIN_STEPS = "linear", 1000
 

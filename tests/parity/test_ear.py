@@ -12,12 +12,11 @@ from parity.ear_case import EarCase, images, ranks_of, rows
 from parity.golden import Golden
 
 from ear_jax.config.derive import StageLengths
-from ear_jax.generator import patchify, unpatchify
+from ear_jax.generators import guidance
+from ear_jax.generators.masked import patchify, unpatchify
+from ear_jax.generators.masked_sampler import fill_level
+from ear_jax.generators.masking import mask_first, masked_after_steps
 from ear_jax.heads.energy import energy_score
-from ear_jax.sampling import guidance
-from ear_jax.sampling.loop import fill_level
-from ear_jax.sampling.orders import mask_first
-from ear_jax.sampling.schedules import masked_after_steps
 from ear_jax.training.optim import Recipe, is_decayed, is_head_matrix, learning_rate
 
 NUMBER = r"([\d.]+)"

@@ -12,11 +12,10 @@ from parity.ear_case import EarCase, ranks_of
 from parity.golden import Golden
 
 from ear_jax.config.derive import StageLengths
+from ear_jax.generators.masking import mask_first
 from ear_jax.nn.functional import functional
-from ear_jax.sampling.orders import mask_first
 from ear_jax.training.optim import Recipe, make_optimizer
-from ear_jax.training.state import create_state
-from ear_jax.training.step import make_train_step
+from ear_jax.training.step import create_state, make_train_step
 
 UPDATES = 1000
 """Updates an epoch, so that the recorded fractional epochs are whole steps."""

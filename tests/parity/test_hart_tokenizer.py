@@ -6,8 +6,7 @@ import pytest
 from parity.golden import Golden
 from parity.tokenizer_cases import to_channels_first, to_channels_last, vq_case
 
-from ear_jax.tokenizers.hart import HartTokenizer
-from ear_jax.tokenizers.vqvae import VQVAE
+from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
 from ear_jax.types import Tokens
 
 

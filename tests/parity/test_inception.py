@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from parity.golden import Golden
 
-from ear_jax.io.convert import inception
 from ear_jax.metrics.inception import INPUT_PX, TAPS
 from ear_jax.metrics.inception_features import InceptionFeatures
 from ear_jax.metrics.resize import resize_tensorflow1
+from ear_jax.weights.families import inception
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import pytest
 from parity.golden import Golden
 from parity.tokenizer_cases import kl_case, to_channels_first, to_channels_last
 
-from ear_jax.tokenizers.gaussian import kl_per_image, nll_per_image, reparameterise, standard_deviation
-from ear_jax.tokenizers.latents import split_moments
+from ear_jax.tokenizers.latents import kl_per_image, nll_per_image, reparameterise, split_moments, standard_deviation
 
 
 @pytest.fixture(scope="module", params=["kl16", "kl16_stored"])

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 from parity.golden import Golden
 
-from ear_jax.io.convert import lpips
 from ear_jax.nn.perceptual import PerceptualDistance
+from ear_jax.weights.families import lpips
 
 
 @pytest.fixture(scope="module")

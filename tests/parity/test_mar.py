@@ -13,18 +13,16 @@ from parity.ear_case import images, ranks_of, rows
 from parity.golden import Golden
 
 from ear_jax.backbones.mar import MarBackbone
-from ear_jax.generator import Generator, LevelPlan, patchify
+from ear_jax.generators import guidance
+from ear_jax.generators.masked import Generator, LevelPlan, patchify
+from ear_jax.generators.masked_sampler import fill_level
+from ear_jax.generators.masking import mask_first, masked_after_steps
 from ear_jax.heads.diffusion import DiffusionHead
-from ear_jax.io.convert.mar import entries
 from ear_jax.levels import LevelSpec
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.sampling import guidance
-from ear_jax.sampling.loop import fill_level
-from ear_jax.sampling.orders import mask_first
-from ear_jax.sampling.schedules import masked_after_steps
+from ear_jax.nn.functional import Keys, functional
 from ear_jax.training.optim import is_decayed
 from ear_jax.types import Tokens
+from ear_jax.weights.families.mar import entries
 
 NUMBER = r"([\d.]+)"
 TRAINING = rf"(loss|z|gradnorm|grad_.+|mask)_masked(\d+)_drop{NUMBER}"

@@ -15,18 +15,16 @@ from parity.tokenizer_cases import to_channels_first, vq_case
 from quick import QUICK
 
 from ear_jax.backbones.next_scale import NextScaleBackbone
+from ear_jax.generators.guidance import filter_logits
+from ear_jax.generators.masked_sampler import SamplingPlan
+from ear_jax.generators.next_scale import FrozenVariable, NextScaleGenerator, draw_scales
 from ear_jax.heads.softmax import SoftmaxHead
-from ear_jax.io.convert import vqvae
-from ear_jax.io.convert.var import entries
 from ear_jax.levels import LevelSpec
-from ear_jax.next_scale_generator import FrozenVariable, NextScaleGenerator
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.sampling.filters import filter_logits
-from ear_jax.sampling.loop import SamplingPlan
-from ear_jax.sampling.next_scale import draw_scales
+from ear_jax.nn.functional import Keys, functional
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
 from ear_jax.tokenizers.vqvae import VQVAE
+from ear_jax.weights.families import vqvae
+from ear_jax.weights.families.var import entries
 
 # Compiling takes far longer than running these sizes.
 QUANTISER, SMOOTHING = "vae.quantize.", r"loss_label_smooth([\d.]+)"

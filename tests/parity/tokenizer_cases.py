@@ -10,13 +10,12 @@ from flax import nnx
 from parity.apply_entries import to_ours, to_theirs
 from parity.golden import Golden
 
-from ear_jax.io.convert import kl_vae as kl_names
-from ear_jax.io.convert import vqvae as vq_names
-from ear_jax.io.convert.entries import Entry
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Keys, functional
 from ear_jax.tokenizers.kl_vae import KLVAE
 from ear_jax.tokenizers.vqvae import VQVAE
+from ear_jax.weights.entries import Entry
+from ear_jax.weights.families import kl_vae as kl_names
+from ear_jax.weights.families import vqvae as vq_names
 
 
 class Case:

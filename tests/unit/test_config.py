@@ -9,9 +9,9 @@ from typing import Any
 import ml_collections
 import pytest
 
-from ear_jax.config import derive, files, strict
-from ear_jax.config.leaves import flatten, leaves
+from ear_jax.config import derive, read
 from ear_jax.config.schema import Config, TrainingConfig
+from ear_jax.config.values import flatten, leaves
 from ear_jax.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,12 +20,12 @@ SOUND = {"tokenizer_training": {"steps": 10}, "generator_training": {"steps": 10
 
 def faults(overrides: dict[str, str], values: dict[str, Any] | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        strict.resolve(SOUND if values is None else values, list(overrides.items()))
+        read.resolve(SOUND if values is None else values, list(overrides.items()))
     return str(caught.value)
 
 
 def resolved(**overrides: str) -> Config:
-    return strict.resolve(SOUND, [(path.replace("__", "."), text) for path, text in overrides.items()])
+    return read.resolve(SOUND, [(path.replace("__", "."), text) for path, text in overrides.items()])
 
 
 def merged(**groups: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def recipes() -> list[str]:
         assert variants, f"{file} lists no variants"
         if file.name == "convert.py":  # the other recipes again, without sizes of their own
             continue
-        found += [f"configs/{file.name}:{name}" for name in files._execute(file).VARIANTS]
+        found += [f"configs/{file.name}:{name}" for name in read._execute(file).VARIANTS]
     return found
 
 
@@ -69,7 +69,7 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_override_texts_become_typed_values(path: str, text: str, expected: Any) -> None:
-    value = flatten(strict.resolve(SOUND, [(path, text)]))[path]
+    value = flatten(read.resolve(SOUND, [(path, text)]))[path]
     assert value == expected
     assert type(value) is type(expected)
 
@@ -120,7 +120,7 @@ def test_values_from_files_keep_their_types(value: Any, words: str) -> None:
 
 def test_integers_fit_numbers_and_lists_fit_tuples_from_files() -> None:
     values = merged(tokenizer_training={"learning_rate": 1}, tokenizer={"coarse": {"grids": [4]}})
-    config = strict.resolve(values)
+    config = read.resolve(values)
     assert isinstance(config.tokenizer_training.learning_rate, float)
     assert config.tokenizer.coarse.grids == (4,)
 
@@ -161,7 +161,7 @@ def test_an_unknown_group_is_one_fault_and_a_group_takes_no_value() -> None:
 
 def test_a_key_given_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="given twice, as '1' and '2'"):
-        strict.resolve(SOUND, [("seed", "1"), ("seed", "2")])
+        read.resolve(SOUND, [("seed", "1"), ("seed", "2")])
 
 
 def test_all_faults_are_reported_at_once() -> None:
@@ -177,7 +177,7 @@ def test_all_faults_are_reported_at_once() -> None:
 
 def test_overrides_win_and_repair_values_of_the_file() -> None:
     values = merged(data={"image_px": 64, "eval_images": 5})
-    config = strict.resolve(values, [("data.image_px", "128")])
+    config = read.resolve(values, [("data.image_px", "128")])
     assert (config.data.image_px, config.data.eval_images) == (128, 5)
 
 
@@ -188,7 +188,7 @@ def test_nested_defaults_of_a_group_survive_a_partial_override() -> None:
 
 def test_config_dicts_are_accepted() -> None:
     values = ml_collections.ConfigDict({**SOUND, "sample": {"labels": (1, 2)}})
-    assert strict.resolve(values).sample.labels == (1, 2)
+    assert read.resolve(values).sample.labels == (1, 2)
 
 
 # What keys imply for each other
@@ -259,13 +259,13 @@ def test_a_tokenizer_without_coarse_levels_is_not_held_to_them() -> None:
 
 
 def test_a_scale_takes_no_more_passes_than_it_has_tokens() -> None:
-    config = strict.resolve(SOUND, list((SCALES | {"generator.coarse.steps": "8"}).items()))
+    config = read.resolve(SOUND, list((SCALES | {"generator.coarse.steps": "8"}).items()))
     assert derive.level_steps(config) == (1, 4, 8)
     assert derive.level_steps(config, coarse_steps=3) == (1, 3, 3)
 
 
 def test_levels_follow_from_the_config() -> None:
-    config = strict.resolve(
+    config = read.resolve(
         merged(
             data={"image_px": 512},
             tokenizer={
@@ -298,39 +298,39 @@ def test_a_last_phase_longer_than_the_run_is_refused_once_the_data_is_known() ->
 
 def test_every_key_survives_json() -> None:
     config = resolved(sample__labels="(1,2)", tokenizer__fusion="attention", tokenizer_training__learning_rate="1e-7")
-    stored = json.dumps(strict.to_dict(config))
-    assert strict.from_json(stored) == config
-    assert strict.from_dict(strict.to_dict(config)) == config
-    assert json.loads(stored) == strict.to_dict(config)
+    stored = json.dumps(read.to_dict(config))
+    assert read.from_json(stored) == config
+    assert read.from_dict(read.to_dict(config)) == config
+    assert json.loads(stored) == read.to_dict(config)
 
 
 def test_stored_configs_are_checked_like_others() -> None:
-    stored = strict.to_dict(resolved())
+    stored = read.to_dict(resolved())
     stored["data"]["colour"] = 1
     with pytest.raises(ConfigError, match="unknown key"):
-        strict.from_dict(stored)
+        read.from_dict(stored)
     with pytest.raises(ConfigError, match="stands twice"):
-        strict.from_json('{"seed": 1, "seed": 2}')
+        read.from_json('{"seed": 1, "seed": 2}')
     with pytest.raises(ConfigError, match="not valid JSON"):
-        strict.from_json("[" * 100_000)
+        read.from_json("[" * 100_000)
     with pytest.raises(ConfigError, match="not a JSON object"):
-        strict.from_json("[]")
+        read.from_json("[]")
 
 
 def test_the_digest_sees_every_key_of_its_groups_and_no_other() -> None:
     base = resolved()
     changed = resolved(tokenizer__vae__latent_channels="5")
-    assert strict.digest(base, ["tokenizer"]) != strict.digest(changed, ["tokenizer"])
-    assert strict.digest(base, ["data", "seed"]) == strict.digest(changed, ["seed", "data"])
-    assert strict.digest(base, ["tokenizer.coarse"]) == strict.digest(changed, ["tokenizer.coarse"])
+    assert read.digest(base, ["tokenizer"]) != read.digest(changed, ["tokenizer"])
+    assert read.digest(base, ["data", "seed"]) == read.digest(changed, ["seed", "data"])
+    assert read.digest(base, ["tokenizer.coarse"]) == read.digest(changed, ["tokenizer.coarse"])
     with pytest.raises(ValueError, match="neither a group nor a key"):
-        strict.digest(base, ["tokeniser"])
+        read.digest(base, ["tokeniser"])
 
 
 def test_the_difference_names_changed_keys() -> None:
     base, changed = resolved(), resolved(seed="3", sample__labels="1")
-    assert strict.difference(base, changed) == {"seed": (0, 3), "sample.labels": ((), (1,))}
-    assert strict.difference(base, changed, ["sample"]) == {"sample.labels": ((), (1,))}
+    assert read.difference(base, changed) == {"seed": (0, 3), "sample.labels": ((), (1,))}
+    assert read.difference(base, changed, ["sample"]) == {"sample.labels": ((), (1,))}
 
 
 def test_every_key_has_a_meaning() -> None:
@@ -344,18 +344,18 @@ def test_every_key_has_a_meaning() -> None:
 @pytest.mark.parametrize("modifier", ["", ",tiny"])
 @pytest.mark.parametrize("reference", recipes())
 def test_every_recipe_resolves(reference: str, modifier: str) -> None:
-    values, _ = files.load(reference + modifier)
-    config = strict.resolve(values)
-    full = strict.resolve(files.load(reference)[0])
+    values, _ = read.load(reference + modifier)
+    config = read.resolve(values)
+    full = read.resolve(read.load(reference)[0])
     if modifier:
         assert config.tokenizer_training.steps <= 4 and config.generator.backbone.width <= 64
         assert derive.levels(config) == derive.levels(full), "tiny must not change what is modelled"
         assert config.tokenizer.loss.l1 == full.tokenizer.loss.l1
-    assert strict.from_dict(strict.to_dict(config)) == config
+    assert read.from_dict(read.to_dict(config)) == config
 
 
 def test_the_published_recipe_is_complete() -> None:
-    config = strict.resolve(files.load("configs/lite_hybrid.py:imagenet256")[0])
+    config = read.resolve(read.load("configs/lite_hybrid.py:imagenet256")[0])
     training = config.generator_training
     assert derive.tokens_per_level(config) == {"coarse": 16, "fine": 256}
     assert config.tokenizer.coarse.codes == 1024
@@ -372,7 +372,7 @@ def test_the_published_recipe_is_complete() -> None:
 
 def test_sequences_stay_short_at_any_resolution() -> None:
     for pixels in (256, 512, 1024):
-        config = strict.resolve(files.load(f"configs/lite_hybrid.py:imagenet{pixels}")[0])
+        config = read.resolve(read.load(f"configs/lite_hybrid.py:imagenet{pixels}")[0])
         assert config.data.image_px == pixels
         assert sum(derive.tokens_per_level(config).values()) <= 16 + 64 + 256
 
@@ -381,20 +381,20 @@ def test_wrong_references_list_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"there is no file configs/lite_hybrd.py. Did you mean lite_hybrid(?s:.)*cifar10"
     ):
-        files.load("configs/lite_hybrd.py")
+        read.load("configs/lite_hybrd.py")
     with pytest.raises(ConfigError, match="Did you mean 'imagenet256'"):
-        files.load("configs/lite_hybrid.py:imagnet256")
+        read.load("configs/lite_hybrid.py:imagnet256")
     with pytest.raises(ConfigError, match="no variant 'cifar10,demo'"):
-        files.load("configs/lite_hybrid.py:cifar10,demo")
+        read.load("configs/lite_hybrid.py:cifar10,demo")
     broken = tmp_path / "broken.py"
     broken.write_text("x = 1\nraise KeyError('k')\n")
     with pytest.raises(ConfigError, match=r"broken.py:2 fails with KeyError"):
-        files.load(str(broken))
+        read.load(str(broken))
     broken.write_text("def get_config(variant):\n    return 3\n")
     with pytest.raises(ConfigError, match="returned int"):
-        files.load(str(broken))
+        read.load(str(broken))
 
 
 def test_run_folders_are_named_after_file_and_variant() -> None:
-    assert files.load("configs/lite_hybrid.py")[1] == "lite_hybrid"
-    assert files.load("configs/lite_hybrid.py:imagenet256,tiny")[1] == "lite_hybrid_imagenet256_tiny"
+    assert read.load("configs/lite_hybrid.py")[1] == "lite_hybrid"
+    assert read.load("configs/lite_hybrid.py:imagenet256,tiny")[1] == "lite_hybrid_imagenet256_tiny"

@@ -22,13 +22,13 @@ from random_weights import random_module, random_weights
 
 from ear_jax import build
 from ear_jax.config import derive
-from ear_jax.config.leaves import leaves
 from ear_jax.config.schema import Config, DataConfig, ShapesConfig
-from ear_jax.data.sources import SplitSource, open_split
+from ear_jax.config.values import leaves
+from ear_jax.data.open import open_split
+from ear_jax.data.sources import SplitSource
 from ear_jax.errors import ConfigError
 from ear_jax.levels import LevelSpec
-from ear_jax.nn.functional import arrays_of, functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Keys, arrays_of, functional
 from ear_jax.types import Tokens
 
 IMAGE_PX, CLASSES, BATCH = 16, 4, 3

@@ -14,18 +14,19 @@ import pytest
 from flax import nnx
 from torch_files import save
 
-from ear_jax import build, pipeline
-from ear_jax.config import strict
+from ear_jax import build
+from ear_jax.config import read
 from ear_jax.config.schema import Config, ConvertConfig
 from ear_jax.errors import ConfigError, DataError
-from ear_jax.io import model_folder, safetensors_file
-from ear_jax.io.convert import registry
-from ear_jax.io.convert.apply import ours_of, theirs_of, to_ours, to_theirs
-from ear_jax.io.convert.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
-from ear_jax.io.torch_reader import read_tensors
+from ear_jax.folders import model_folder
+from ear_jax.inference import pipeline
 from ear_jax.main import main
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Keys, functional
+from ear_jax.weights import safetensors_file
+from ear_jax.weights.apply import ours_of, theirs_of, to_ours, to_theirs
+from ear_jax.weights.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
+from ear_jax.weights.families import registry
+from ear_jax.weights.torch_reader import read_tensors
 
 CLASSES = 3
 FLOAT = np.dtype(np.float32)
@@ -68,7 +69,7 @@ def _config(family: str) -> Config:
 
 
 def _resolved(values: dict[str, Any]) -> Config:
-    return strict.resolve(values | dict(tokenizer_training=dict(steps=1), generator_training=dict(steps=1)))
+    return read.resolve(values | dict(tokenizer_training=dict(steps=1), generator_training=dict(steps=1)))
 
 
 def _shapes(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -113,7 +114,7 @@ def _generator_file(config: Config, ours: dict[str, np.ndarray]) -> dict[str, np
 
 
 def _write_config(path: Path, family: str) -> str:
-    path.write_text(f"def get_config(variant=''):\n    return {strict.to_dict(_config(family))!r}\n")
+    path.write_text(f"def get_config(variant=''):\n    return {read.to_dict(_config(family))!r}\n")
     return str(path)
 
 
@@ -419,4 +420,4 @@ def test_the_written_safetensors_names_the_same_layout_as_its_header(tmp_path):
     assert _convert(tmp_path, "ear", f"tokenizer={tmp_path / 'vae.pth'}") == 0
     document = json.loads((tmp_path / "out/tokenizer/model/config.json").read_text())
     assert document["config"]["convert"] == dataclasses.asdict(ConvertConfig())
-    assert strict.from_dict(document["config"]).tokenizer.name == "kl_vae"
+    assert read.from_dict(document["config"]).tokenizer.name == "kl_vae"

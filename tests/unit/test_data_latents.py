@@ -6,13 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from ear_jax.data.latents import (
-    CacheDescription,
-    LatentsSource,
-    LatentsWriter,
-    is_complete,
-    read_description,
-)
+from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter, is_complete, read_description
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import Source
 from ear_jax.errors import DataError, StorageError

@@ -10,7 +10,8 @@ import pytest
 
 from ear_jax.config.schema import DataConfig, ShapesConfig
 from ear_jax.data.loader import Loader, eval_batches
-from ear_jax.data.sources import ArraySource, open_split
+from ear_jax.data.open import open_split
+from ear_jax.data.sources import ArraySource
 from ear_jax.errors import ConfigError, DataError
 
 
@@ -192,8 +193,8 @@ def test_shapes_through_the_loader_outrun_a_small_model(load):
 
 def test_opening_data_imports_neither_jax_nor_tensorflow():
     code = (
-        "import sys; from ear_jax.config.schema import DataConfig; from ear_jax.data import sources, loader, folder, "
-        "latents, tfds, prepare; sources.open_split(DataConfig(), 'train', seed=0)[0]; "
+        "import sys; from ear_jax.config.schema import DataConfig; from ear_jax.data import open, loader, folder, "
+        "latents, tfds, prepare; open.open_split(DataConfig(), 'train', seed=0)[0]; "
         "assert not {'jax', 'tensorflow', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ear_jax.config.schema import DataConfig, ShapesConfig
+from ear_jax.data.open import open_split
 from ear_jax.data.shapes import BACKGROUNDS, FOREGROUNDS, SHAPES
-from ear_jax.data.sources import Source, open_split
+from ear_jax.data.sources import Source
 
 FULL = ShapesConfig(classes=10, colors=0, backgrounds=0, use_rotation=True, use_gradient=True)
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from ear_jax.config.schema import DataConfig
+from ear_jax.data.open import open_split
 from ear_jax.data.prepare import prepare
-from ear_jax.data.sources import Source, open_split
+from ear_jax.data.sources import Source
 from ear_jax.errors import ConfigError, DataError
 
 tfds = pytest.importorskip("tensorflow_datasets")

@@ -13,15 +13,13 @@ from flax import nnx
 from random_weights import random_module, random_weights
 
 from ear_jax.backbones.dit import DiT
-from ear_jax.config import derive, files, strict
-from ear_jax.diffusion_generator import DiffusionGenerator
-from ear_jax.generator import unpatchify
+from ear_jax.config import derive, read
+from ear_jax.generators.diffusion import DiffusionGenerator, sample_diffusion
+from ear_jax.generators.masked import unpatchify
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
 from ear_jax.levels import LevelSpec
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.nn.positions import sincos_positions
-from ear_jax.sampling.diffusion import sample_diffusion
-from ear_jax.sampling.loop import SamplingPlan, image_keys
+from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.layers import sincos_positions
 from ear_jax.types import Tokens
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "dit.py"
@@ -47,7 +45,7 @@ def make_generator(*, level: LevelSpec = LEVEL, **options: Any) -> Any:
 
 def parameters_of(variant: str) -> tuple[LevelSpec, int, int]:
     """The level, the width and the number of parameters of a recipe's backbone."""
-    config = strict.resolve(files.load(f"{CONFIG}:{variant}")[0])
+    config = read.resolve(read.load(f"{CONFIG}:{variant}")[0])
     (level,), own = derive.levels(config), config.generator.backbone
     sizes = {"width": own.width, "depth": own.depth, "heads": own.heads, "mlp_ratio": own.mlp_ratio}
     module = nnx.eval_shape(lambda: DiT(level=level, classes=1000, **sizes, rngs=Keys(0)))
@@ -69,7 +67,7 @@ def test_more_pixels_need_no_more_parameters():
 def test_every_variant_says_its_patch_size():
     for size, width in (("s", 384), ("b", 768), ("l", 1024), ("xl", 1152)):
         for patch, tokens in ((2, 256), (4, 64), (8, 16)):
-            config = strict.resolve(files.load(f"{CONFIG}:{size}{patch}")[0])
+            config = read.resolve(read.load(f"{CONFIG}:{size}{patch}")[0])
             assert config.generator.backbone.width == width and derive.levels(config)[0].tokens == tokens
 
 

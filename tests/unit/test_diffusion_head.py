@@ -11,8 +11,7 @@ from flax import nnx
 from random_weights import random_module
 
 from ear_jax.heads.diffusion import DiffusionHead
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Keys, functional
 
 RNG = np.random.default_rng(0)
 HIDDEN, TARGET = (jnp.asarray(RNG.normal(size=(2, 3, size)), jnp.float32) for size in (8, 2))

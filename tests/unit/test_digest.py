@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ear_jax.checkpoint import manifest as digest
+from ear_jax.checkpoint.manifest import leaf_digests
 from ear_jax.distributed.mesh import make_mesh
-from ear_jax.io import digest
-from ear_jax.io.digest import leaf_digests
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8", "int32", "bool", "complex64", "float8_e4m3fn")
 

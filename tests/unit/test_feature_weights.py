@@ -15,15 +15,16 @@ from legacy_torch_file import CONTENT
 from safetensors.numpy import save_file
 
 from ear_jax.errors import DataError
-from ear_jax.io import download
-from ear_jax.io.convert import inception, lpips
-from ear_jax.io.download import PublicFile, cache_folder, fetch, file_sha256
+from ear_jax.files import cache_folder, file_sha256
 from ear_jax.metrics import feature_weights
 from ear_jax.metrics.feature_weights import INCEPTION, inception_weights, lpips_weights, weights_digest
 from ear_jax.metrics.inception import TAPS, Inception
 from ear_jax.metrics.inception_features import InceptionFeatures
 from ear_jax.metrics.resize import resize_tensorflow1
 from ear_jax.nn.functional import functional
+from ear_jax.weights import download
+from ear_jax.weights.download import PublicFile, fetch
+from ear_jax.weights.families import inception, lpips
 
 BYTES = b"weights" * 1000
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ear_jax.bench.flops import count_equations, count_flops
+from ear_jax.nn.flops import count_equations, count_flops
 
 A, B = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
 PRODUCT = 2 * 3 * 5 * 7

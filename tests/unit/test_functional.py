@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ear_jax.nn.functional import arrays_of, functional
-from ear_jax.nn.keys import Keys
-from ear_jax.nn.linear import Linear
+from ear_jax.nn.functional import Keys, arrays_of, functional
+from ear_jax.nn.layers import Linear
 
 
 class Counter(nnx.Variable):

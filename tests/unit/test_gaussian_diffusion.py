@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from ear_jax.nn import gaussian_diffusion as diffusion
-from ear_jax.nn.gaussian_diffusion import make_process, respace
+from ear_jax.nn import diffusion
+from ear_jax.nn.diffusion import make_process, respace
 
 LINEAR = make_process("linear", 1000)
 LOSSES = jax.jit(lambda output, clean, steps, noise: diffusion.training_losses(LINEAR, output, clean, steps, noise))

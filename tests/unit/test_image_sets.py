@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ear_jax.data.image_sets import open_image_set
 from ear_jax.errors import DataError
-from ear_jax.io.image_sets import open_image_set
-from ear_jax.io.pictures import save_grid, save_images, save_npz
+from ear_jax.folders.pictures import save_grid, save_images, save_npz
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 12, 12, 3), dtype=np.uint8)
 LABELS = np.asarray([0, 1, 1, 0, 1, 0, 0])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ear_jax import command_line, main, tasks
-from ear_jax.config import strict
+from ear_jax.config import read
 from ear_jax.errors import ConfigError, DataError, PreemptedError, StorageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     module.run = lambda config, workdir, *, model: seen.append((config, workdir, model))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "recording_task", module)
     for name in ("run", "sample"):
-        monkeypatch.setitem(tasks.TASKS, name, "recording_task")
+        monkeypatch.setitem(tasks.TASKS, name, "recording_task:run")
     return seen
 
 
@@ -61,7 +61,7 @@ def test_values_can_follow_their_flags(calls: list[tuple]) -> None:
 
 
 def test_a_model_folder_brings_its_config(calls: list[tuple], tmp_path: Path) -> None:
-    stored = strict.to_dict(strict.resolve({"tokenizer_training": {"steps": 9}, "generator_training": {"steps": 9}}))
+    stored = read.to_dict(read.resolve({"tokenizer_training": {"steps": 9}, "generator_training": {"steps": 9}}))
     folder = tmp_path / "run7" / "generator" / "model"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"format": "ear_jax model folder", "config": stored}))
@@ -73,7 +73,7 @@ def test_a_model_folder_brings_its_config(calls: list[tuple], tmp_path: Path) ->
 
 
 def test_a_used_workdir_brings_its_config(calls: list[tuple], tmp_path: Path) -> None:
-    stored = strict.to_dict(command_line.read([DEMO, "--config.seed=77"]).config)
+    stored = read.to_dict(command_line.read([DEMO, "--config.seed=77"]).config)
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert main.main([f"--workdir={tmp_path}"]) == 0
     assert calls[0][0].seed == 77
@@ -150,7 +150,7 @@ def test_errors_become_exit_statuses(
     module = types.ModuleType("failing_task")
     module.run = fail  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "failing_task", module)
-    monkeypatch.setitem(tasks.TASKS, "run", "failing_task")
+    monkeypatch.setitem(tasks.TASKS, "run", "failing_task:run")
     assert main.main([DEMO]) == status
     assert "Traceback" not in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_programming_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch
     module = types.ModuleType("broken_task")
     module.run = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "broken_task", module)
-    monkeypatch.setitem(tasks.TASKS, "run", "broken_task")
+    monkeypatch.setitem(tasks.TASKS, "run", "broken_task:run")
     with pytest.raises(ZeroDivisionError):
         main.main([DEMO])
 
@@ -178,7 +178,7 @@ def test_a_config_error_is_answered_within_two_seconds() -> None:
 def test_the_package_and_the_command_line_import_fast_and_without_jax() -> None:
     code = (
         "import sys, time; start = time.process_time(); import ear_jax; took = time.process_time() - start\n"
-        "from ear_jax import main; from ear_jax.config import strict, files\n"
+        "from ear_jax import main; from ear_jax.config import read\n"
         "heavy = {'jax', 'flax', 'numpy', 'tensorflow', 'torch'} & set(sys.modules)\n"
         "print(took < 0.3, sorted(heavy), ear_jax.__version__)"
     )

@@ -16,17 +16,22 @@ from random_weights import random_module
 
 from ear_jax import build
 from ear_jax.backbones.mar import MarBackbone
-from ear_jax.config import derive, files, strict
+from ear_jax.config import derive, read
 from ear_jax.config.schema import Config
-from ear_jax.generator import Generator, LevelPlan
+from ear_jax.generators import guidance
+from ear_jax.generators.masked import Generator, LevelPlan
+from ear_jax.generators.masked_sampler import (
+    SamplingPlan,
+    draw_tokens,
+    fill_level,
+    image_keys,
+    most_drawn,
+    sample_levels,
+)
+from ear_jax.generators.masking import least_masked, masked_after_steps, random_ranks, training_counts
 from ear_jax.heads.diffusion import DiffusionHead
 from ear_jax.levels import LevelSpec, TokenizerSpec
-from ear_jax.nn.functional import functional
-from ear_jax.nn.keys import Keys
-from ear_jax.sampling import guidance
-from ear_jax.sampling.loop import SamplingPlan, draw_tokens, fill_level, image_keys, most_drawn, sample_levels
-from ear_jax.sampling.orders import least_masked, random_ranks, training_counts
-from ear_jax.sampling.schedules import masked_after_steps
+from ear_jax.nn.functional import Keys, functional
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KL16 = TokenizerSpec(256, (LevelSpec("fine", 16, "continuous", 16),))
@@ -35,7 +40,7 @@ FINE = LevelSpec("fine", 4, "continuous", 3)
 
 @functools.cache
 def recipe(name: str) -> Config:
-    return strict.resolve(files.load(str(CONFIGS / name))[0])
+    return read.resolve(read.load(str(CONFIGS / name))[0])
 
 
 @pytest.mark.parametrize(

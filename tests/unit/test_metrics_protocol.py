@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ear_jax.errors import DataError
-from ear_jax.io.pictures import to_uint8
+from ear_jax.folders.pictures import to_uint8
 from ear_jax.metrics.measurement import Measurement
 from ear_jax.metrics.protocol import (
     ROUNDING,

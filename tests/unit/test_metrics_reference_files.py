@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch_files
 
+from ear_jax.data.image_sets import ImageBatches
 from ear_jax.errors import DataError
-from ear_jax.io.image_batches import ImageBatches
-from ear_jax.io.pictures import save_npz
-from ear_jax.io.reference_stats import (
+from ear_jax.folders.pictures import save_npz
+from ear_jax.metrics.frechet import frechet_distance
+from ear_jax.metrics.protocol import FeatureProtocol
+from ear_jax.metrics.reference_files import (
     ReferenceStatistics,
     check_reference,
     load_reference_statistics,
     save_reference_statistics,
 )
-from ear_jax.metrics.frechet import frechet_distance
-from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.statistics import FeatureStatistics, statistics_of
 
 WIDTH = 5

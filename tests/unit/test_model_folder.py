@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from ear_jax.errors import ConfigError, DataError, StorageError
-from ear_jax.io import model_folder, tensor_names
+from ear_jax.folders import model_folder
+from ear_jax.folders import model_folder as tensor_names
 
 CONFIG = {"name": "tiny", "data": {"image_px": 32}, "tokenizer": {"grids": [4]}}
 NAMES = ("circle", "Crème", "odd \udcff name")

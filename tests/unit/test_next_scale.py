@@ -12,15 +12,13 @@ from quick import QUICK
 from random_weights import random_module
 
 from ear_jax.backbones.next_scale import NextScaleBackbone, block_causal_mask
+from ear_jax.generators.guidance import filter_logits
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
+from ear_jax.generators.next_scale import FrozenVariable, NextScaleGenerator, draw_scales, growth, sample_scales
 from ear_jax.heads.softmax import SoftmaxHead
-from ear_jax.next_scale_generator import FrozenVariable, NextScaleGenerator
-from ear_jax.nn.cached_attention import unit_length
-from ear_jax.nn.functional import arrays_of, functional
-from ear_jax.nn.keys import Keys
-from ear_jax.nn.modulated_block import drop_path
-from ear_jax.sampling.filters import filter_logits
-from ear_jax.sampling.loop import SamplingPlan, image_keys
-from ear_jax.sampling.next_scale import draw_scales, growth, sample_scales
+from ear_jax.nn.attention import unit_length
+from ear_jax.nn.functional import Keys, arrays_of, functional
+from ear_jax.nn.transformer import drop_path
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
 from ear_jax.training.optim import is_decayed
 from ear_jax.types import LevelSpec

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from ear_jax.errors import StorageError
-from ear_jax.io import pictures
-from ear_jax.io.atomic import atomic_file
+from ear_jax.files import atomic_file
+from ear_jax.folders import pictures
 
 
 def _images(count: int, side: int) -> np.ndarray:

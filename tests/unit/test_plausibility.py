@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from ear_jax.bench import plausibility
-from ear_jax.bench.checklist import Checklist, Outcome
+from ear_jax.check.checklist import Checklist, Outcome
+from ear_jax.check.records import accuracies_add_up, utilisation_is_possible
 from ear_jax.errors import DataError
 from ear_jax.levels import LevelSpec, TokenizerSpec
-from ear_jax.tasks.recorded_checks import accuracies_add_up, utilisation_is_possible
 from ear_jax.training.ledger import Ledger
 
 SPEC = TokenizerSpec(8, (LevelSpec("coarse", 2, "discrete", 8), LevelSpec("fine", 4, "continuous", 3)))

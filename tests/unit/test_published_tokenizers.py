@@ -9,20 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ear_jax.io.convert import kl_vae as kl_names
-from ear_jax.io.convert import vqvae as vq_names
-from ear_jax.nn.functional import arrays_of, functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Keys, arrays_of, functional
 from ear_jax.nn.resize import apply_to_axes, area_matrix, bicubic_matrix
-from ear_jax.tokenizers.gaussian import kl_per_image, nll_per_image, reparameterise
-from ear_jax.tokenizers.hart import HartTokenizer
 from ear_jax.tokenizers.kl_vae import KLVAE, attention_levels
-from ear_jax.tokenizers.latents import LatentStatistic
+from ear_jax.tokenizers.latents import LatentStatistic, kl_per_image, nll_per_image, reparameterise
 from ear_jax.tokenizers.lite_vae import parameter_count
 from ear_jax.tokenizers.losses import kl_to_unit_normal
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser, nearest_by_cosine, sharing_table
-from ear_jax.tokenizers.vqvae import VQVAE
+from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
 from ear_jax.types import LevelSpec, Tokens
+from ear_jax.weights.families import kl_vae as kl_names
+from ear_jax.weights.families import vqvae as vq_names
 
 IMAGE_PX = 8
 SCALES = (1, 2, 3, 4)

@@ -10,13 +10,12 @@ from flax import nnx
 from random_weights import random_module
 
 from ear_jax.backbones.masked import MaskedBackbone
-from ear_jax.generator import Generator, LevelPlan, patchify, unpatchify
+from ear_jax.generators.guidance import growth, mix
+from ear_jax.generators.masked import Generator, LevelPlan, patchify, unpatchify
+from ear_jax.generators.masked_sampler import SamplingPlan, image_keys, sample_levels
+from ear_jax.generators.masking import mask_first, masked_after_steps, random_ranks, training_counts
 from ear_jax.heads.energy import EnergyHead
 from ear_jax.heads.softmax import SoftmaxHead
-from ear_jax.sampling.guidance import growth, mix
-from ear_jax.sampling.loop import SamplingPlan, image_keys, sample_levels
-from ear_jax.sampling.orders import mask_first, random_ranks, training_counts
-from ear_jax.sampling.schedules import masked_after_steps
 from ear_jax.types import LevelSpec
 
 COARSE, FINE = LevelSpec("coarse", 2, "discrete", 7), LevelSpec("fine", 4, "continuous", 3)

@@ -7,8 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ear_jax.distributed.mesh import check_batch_size, make_mesh, put_batch
-from ear_jax.distributed.sharding import partition_spec, state_shardings
+from ear_jax.distributed.mesh import check_batch_size, make_mesh, partition_spec, put_batch, state_shardings
 from ear_jax.errors import ConfigError
 
 

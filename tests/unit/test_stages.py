@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from ear_jax.bench import stages as benches
-from ear_jax.bench.stages import StageTiming, print_stages, time_stages
+from ear_jax.bench import timing as benches
+from ear_jax.bench.timing import StageTiming, print_stages, time_stages
 
 
 def test_stages_take_turns_and_the_warm_up_is_not_timed():

@@ -16,8 +16,7 @@ from flax import nnx
 from ear_jax.config.derive import StageLengths
 from ear_jax.nn.functional import functional
 from ear_jax.training.optim import Recipe, learning_rate, make_optimizer, train_temperature
-from ear_jax.training.state import TrainState, create_state
-from ear_jax.training.step import make_train_step
+from ear_jax.training.step import TrainState, create_state, make_train_step
 
 RECIPE = Recipe(
     lengths=StageLengths(total_steps=10, warmup_steps=0, final_phase_steps=0),

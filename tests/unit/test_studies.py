@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ear_jax.config import files, strict
-from ear_jax.config.leaves import flatten
+from ear_jax.config import read
 from ear_jax.config.schema import Config
+from ear_jax.config.values import flatten
 from ear_jax.errors import ConfigError
-from ear_jax.studies import ablation, arms, end_to_end, fidelity, plots, report, runs
+from ear_jax.studies import ablation, arms, end_to_end, fidelity, report, runs
 from ear_jax.studies import judge as judging
 from ear_jax.tasks import study
 
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "studies"
 
 
 def recipe(name: str) -> Config:
-    return strict.resolve(files.load(str(CONFIGS / name))[0])
+    return read.resolve(read.load(str(CONFIGS / name))[0])
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -322,7 +322,7 @@ def test_a_curve_has_one_point_for_a_number_of_passes(tmp_path, monkeypatch):
     usual = [line("fine_only", "1", 1, 1.0), line("fine_only", "4", 4, 1.0), line("hybrid", "8+1", 9, 1.0)]
     usual += [line("hybrid", "8+2", 10, 1.0), line("diffusion", "4", 4, 1.0)]
     drawn = []
-    monkeypatch.setattr(plots, "lines", lambda path, panels: drawn.append(panels))
+    monkeypatch.setattr(report, "lines", lambda path, panels: drawn.append(panels))
     ablation._plot(tmp_path / "study.png", [*colder, *usual])
     (panel,) = drawn[0].values()
     assert {name: [x for x, _, _ in points] for name, points in panel.items()} == {
@@ -334,10 +334,12 @@ def test_a_curve_has_one_point_for_a_number_of_passes(tmp_path, monkeypatch):
 
 
 def test_plots_show_every_panel(tmp_path):
-    plots.bars(tmp_path / "bars.png", ["a", "b"], {"PSNR": [(20.0, 1.0), (25.0, 0.0)], "rFD": [(1.0, 0.1), (2.0, 0.2)]})
+    report.bars(
+        tmp_path / "bars.png", ["a", "b"], {"PSNR": [(20.0, 1.0), (25.0, 0.0)], "rFD": [(1.0, 0.1), (2.0, 0.2)]}
+    )
     one = {("quality", "passes", "FD"): {"hybrid": [(4.0, 2.0, 0.1), (1.0, 9.0, 0.5)], "fine": [(1.0, 8.0, 0.0)]}}
-    plots.lines(tmp_path / "lines.png", one)
-    plots.lines(tmp_path / "wider.png", one | {("quality", "ms", "FD"): {"hybrid": [(1.0, 1.0, 0.0)]}})
+    report.lines(tmp_path / "lines.png", one)
+    report.lines(tmp_path / "wider.png", one | {("quality", "ms", "FD"): {"hybrid": [(1.0, 1.0, 0.0)]}})
     shown = {path.stem: pixels_of(path) for path in tmp_path.glob("*.png")}
     assert shown["wider"].shape[1] > 1.5 * shown["lines"].shape[1], "a panel more, beside one legend"
     for name, panels in {"lines": 1, "wider": 2}.items():

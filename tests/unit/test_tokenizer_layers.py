@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ear_jax.nn.attention import SpatialAttention
 from ear_jax.nn.conv import (
     MixedConv,
     Pointwise,
@@ -15,9 +16,8 @@ from ear_jax.nn.conv import (
     upsample_nearest,
     usable_groups,
 )
-from ear_jax.nn.keys import Keys
-from ear_jax.nn.norm import GroupNorm, group_count
-from ear_jax.nn.spatial_attention import SpatialAttention
+from ear_jax.nn.functional import Keys
+from ear_jax.nn.layers import GroupNorm, group_count
 from ear_jax.nn.unet import UNet
 
 

@@ -13,11 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ear_jax.errors import DataError
-from ear_jax.nn.functional import Arrays, arrays_of, functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Arrays, Keys, arrays_of, functional
 from ear_jax.nn.perceptual import PerceptualDistance, load_perceptual
-from ear_jax.tokenizers.adversarial import AdversarialLoss
-from ear_jax.tokenizers.discriminator import UNetDiscriminator, hinge_loss, r1_penalty
+from ear_jax.tokenizers.adversarial import AdversarialLoss, UNetDiscriminator, hinge_loss, r1_penalty
 from ear_jax.tokenizers.losses import charbonnier, gaussian_blur, gaussian_loss, kl_to_unit_normal, psnr, wavelet_loss
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import compiled, pictures, tiny_hybrid, tiny_vae, train_step
 
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Keys
 from ear_jax.tokenizers.objective import TokenizerObjective
 
 START = 60

@@ -9,7 +9,7 @@ import pytest
 from legacy_torch_file import CONTENT
 
 from ear_jax.errors import DataError
-from ear_jax.io.torch_legacy import MAGIC, is_legacy, read_legacy
+from ear_jax.weights.torch_legacy import MAGIC, is_legacy, read_legacy
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import safetensors.numpy
 from torch_files import UNTYPED, Entry, Raw, View, encode, save, tensor_code, write_archive, zip_bytes
 
 from ear_jax.errors import DataError
-from ear_jax.io import safetensors_file, torch_unpickler
-from ear_jax.io.torch_reader import open_tensors, read_tensors
+from ear_jax.weights import safetensors_file, torch_unpickler
+from ear_jax.weights.torch_reader import open_tensors, read_tensors
 
 FLOAT = "torch\nFloatStorage"
 FOUR = np.arange(4, dtype="<f4").tobytes()

@@ -12,14 +12,15 @@ import time
 
 import pytest
 
+from ear_jax import storage
 from ear_jax.errors import ConfigError, StorageError
-from ear_jax.io import storage_faults
-from ear_jax.io.run_lock import RunLock
-from ear_jax.io.workdir import Workdir, config_differences, read_json, write_json
+from ear_jax.files import read_json, write_json
+from ear_jax.folders.lock import RunLock
+from ear_jax.folders.workdir import Workdir, config_differences
 
 HOLD = """
 import sys, time
-from ear_jax.io.workdir import Workdir
+from ear_jax.folders.workdir import Workdir
 workdir = Workdir(sys.argv[1])
 workdir.claim()
 print(workdir.run_id, flush=True)
@@ -110,7 +111,7 @@ def test_folders_that_cannot_be_are_storage_errors_at_once(tmp_path, monkeypatch
     with pytest.raises(StorageError, match="exists"):
         Workdir(tmp_path / "file").claim()
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr(storage_faults.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"needs 3\.0 GiB, there are 1\.0 MiB free"):
         Workdir(tmp_path / "run").claim(needed_bytes=3 << 30)
     assert list((tmp_path / "run").iterdir()) == []

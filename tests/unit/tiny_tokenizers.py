@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ear_jax.nn.functional import Arrays, arrays_of, functional
-from ear_jax.nn.keys import Keys
+from ear_jax.nn.functional import Arrays, Keys, arrays_of, functional
 from ear_jax.tokenizers.lite_hybrid import LiteHybrid
 from ear_jax.tokenizers.lite_vae import LiteVAE
 from ear_jax.tokenizers.objective import TokenizerObjective

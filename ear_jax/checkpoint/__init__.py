@@ -1,0 +1,1 @@
+"""Checkpoints that are verified: orbax, with a digest of every array."""

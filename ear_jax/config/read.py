@@ -1,0 +1,264 @@
+"""Config files and loose values to a frozen Config, strictly: every fault is found and told in one ConfigError.
+
+A config file is Python with `get_config(variant: str = "")`, which returns the keys that differ from the defaults and
+raises ValueError for a variant it does not know, and with `VARIANTS`, the names worth listing. Single values are
+`values.py`; what keys imply for each other is `validate.py`.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ear_jax.config import values as checked_values
+from ear_jax.config.schema import Config
+from ear_jax.config.suggest import closest, closest_paths
+from ear_jax.config.validate import cross_faults
+from ear_jax.config.values import flatten, groups, leaves, unflatten
+from ear_jax.errors import ConfigError
+
+Override = tuple[str, str]
+"""Dotted path and text, as given on the command line."""
+
+
+def resolve(
+    values: Mapping[str, Any] | ConfigDict, overrides: Sequence[Override] = (), *, other_faults: Sequence[str] = ()
+) -> Config:
+    """Build the config that `values` and `overrides` describe; keys that neither names keep their defaults.
+
+    Args:
+        values: Nested mapping or ConfigDict by group and key.
+        overrides: Dotted paths (without `config.`) and texts; they win over `values`.
+        other_faults: Faults the caller has found already, reported together with those found here.
+
+    Raises:
+        ConfigError: Something is wrong; its text holds every fault, one a line.
+    """
+    faults = list(other_faults)
+    settled: dict[str, Any] = {}
+    doubtful: set[str] = set()
+    for path, value in _flat(values, "", faults):
+        _settle(path, value, checked_values.check, settled, doubtful, faults)
+    given: dict[str, str] = {}
+    for path, text in overrides:
+        if path in given:
+            faults.append(f"config.{path}: given twice, as {given[path]!r} and {text!r}; give it once.")
+        elif path in leaves():
+            given[path] = text
+            doubtful.discard(path)
+            _settle(path, text, checked_values.parse, settled, doubtful, faults)
+        else:
+            given[path] = text
+            faults.append(_unknown(path))
+    config = unflatten(settled)
+    faults += [fault.text for fault in cross_faults(config) if not doubtful.intersection(fault.paths)]
+    raise_faults(faults)
+    return config
+
+
+def raise_faults(faults: Sequence[str]) -> None:
+    """Raise one ConfigError that lists all faults, if there are any."""
+    if len(faults) == 1:
+        raise ConfigError(faults[0])
+    if faults:
+        raise ConfigError("\n  ".join([f"{len(faults)} faults:", *faults]))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested dictionaries of JSON-safe values; `from_dict` undoes it."""
+    nested: dict[str, Any] = {}
+    for path, value in flatten(config).items():
+        *parents, name = path.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = list(value) if isinstance(value, tuple) else value
+    return nested
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Rebuild a stored config; keys it lacks keep their defaults, unknown keys and bad values raise ConfigError."""
+    return resolve(values)
+
+
+def from_json(text: str) -> Config:
+    """Rebuild a config from JSON text; a key that stands twice in one object is refused, as everything unknown is."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = {key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])}
+        raise_faults([f"config: the key {key!r} stands twice in one object; keep one." for key in sorted(twice)])
+        return dict(pairs)
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The config is not valid JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise ConfigError("The config is not a JSON object with groups and keys.")
+    return from_dict(document)
+
+
+def digest(config: Config, paths: Iterable[str]) -> str:
+    """Return a SHA-256 (hex) of the values of the given groups and keys, whatever the order they are named in.
+
+    Raises:
+        ValueError: A path names neither a group nor a key.
+    """
+    return hashlib.sha256(json.dumps(_selected(config, paths), sort_keys=True).encode()).hexdigest()
+
+
+def difference(first: Config, second: Config, paths: Iterable[str] | None = None) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values differ, as dotted path -> (first, second); `paths` limits them to groups or keys."""
+    left = flatten(first) if paths is None else _selected(first, paths := tuple(paths))
+    right = flatten(second)
+    return {path: (value, right[path]) for path, value in left.items() if value != right[path]}
+
+
+def _selected(config: Config, paths: Iterable[str]) -> dict[str, Any]:
+    selected = {}
+    flat = flatten(config)
+    for wanted in paths:
+        part = {path: value for path, value in flat.items() if path == wanted or path.startswith(f"{wanted}.")}
+        if not part:
+            raise ValueError(f"{wanted!r} names neither a group nor a key of the config")
+        selected |= part
+    return selected
+
+
+def _flat(values: Mapping[str, Any] | ConfigDict, prefix: str, faults: list[str]) -> list[tuple[str, Any]]:
+    found = []
+    for name in values:
+        path, value = f"{prefix}{name}", values[name]
+        is_group = isinstance(value, Mapping | ConfigDict)
+        if path in groups():
+            if is_group:
+                found += _flat(value, f"{path}.", faults)
+            else:
+                faults.append(f"config.{path}={value!r} is a group of keys, expected {_members(path)}.")
+        elif path in leaves():
+            found.append((path, value))
+        else:
+            faults.append(_unknown(path))
+    return found
+
+
+def _settle(path: str, value: Any, read: Any, settled: dict[str, Any], doubtful: set[str], faults: list[str]) -> None:
+    try:
+        settled[path] = read(leaves()[path], value)
+    except checked_values.ValueFault as fault:
+        settled.pop(path, None)
+        doubtful.add(path)
+        text = str(fault)
+        faults.append(f"config.{path}={_shown(value)} {text}{'' if text.endswith(('.', '?')) else '.'}")
+
+
+def _unknown(path: str) -> str:
+    if path in groups():
+        return f"config.{path}: is a group of keys and takes no value; set one of {_members(path)}."
+    near = closest_paths(path, (*leaves(), *groups()))
+    if near:
+        return f"config.{path}: unknown key. Did you mean {' or '.join(f'config.{other}' for other in near)}?"
+    group = path.rpartition(".")[0]
+    where = f"config.{group} has {_members(group)}" if group in groups() else f"the config has {_members('')}"
+    return f"config.{path}: unknown key; {where}."
+
+
+def _members(group: str) -> str:
+    start = f"{group}." if group else ""
+    names = dict.fromkeys(path[len(start) :].split(".")[0] for path in leaves() if path.startswith(start))
+    return ", ".join(names)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_FOLDER = Path("configs")
+
+
+def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
+    """Return what `FILE[:variant]` holds, and the name of its run folder, `file` or `file_variant`.
+
+    Raises:
+        ConfigError: There is no such file or variant, or the file fails; the text lists what there is.
+    """
+    name, _, variant = reference.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        guess = closest(path.stem, [known.stem for known in _known()])
+        hint = f" Did you mean {guess[0]}?" if guess else ""
+        raise ConfigError(f"--config={reference}: there is no file {name}.{hint}\n{listing()}")
+    module = _execute(path)
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise ConfigError(f"--config={reference}: {name} has no get_config(variant); see configs/ for examples.")
+    try:
+        values = get_config(variant)
+    except ValueError as error:
+        known = tuple(filter(None, getattr(module, "VARIANTS", ())))
+        guess = closest(variant.split(",")[0], known)
+        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        raise ConfigError(f"--config={reference}: {error}{hint}") from error
+    except Exception as error:
+        raise ConfigError(f"--config={reference}: {_blame(path, error)}") from error
+    if not isinstance(values, Mapping | ConfigDict):
+        raise ConfigError(f"--config={reference}: get_config returned {type(values).__name__}, expected a ConfigDict.")
+    words = [word for word in variant.replace(",", "_").split("_") if word]
+    return values, "_".join([path.stem, *words])
+
+
+def listing() -> str:
+    """Return the config files of ./configs with their variants, one file a line."""
+    lines = []
+    for path in _known():
+        try:
+            variants = " ".join(filter(None, getattr(_execute(path), "VARIANTS", ())))
+        except ConfigError as error:
+            variants = f"({error})"
+        lines.append(f"  {path}" + (f"  variants: {variants}" if variants else ""))
+    return (
+        "\n".join(["Config files here:", *lines])
+        if lines
+        else "There is no folder configs/ here; run from the repository."
+    )
+
+
+def _known() -> list[Path]:
+    found = [*sorted(_FOLDER.glob("*.py")), *sorted(_FOLDER.glob("studies/*.py"))]
+    return [path for path in found if not path.name.startswith("_")]
+
+
+def _execute(path: Path) -> ModuleType:
+    name = f"ear_jax_config_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file; a config file ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    # A config file may share pieces with its neighbours, and with those of the folder above, by plain imports.
+    folders = [str(folder) for folder in path.resolve().parents[:2]]
+    sys.path[:0] = folders
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(_blame(path, error)) from error
+    finally:
+        for folder in folders:
+            sys.path.remove(folder)
+    return module
+
+
+def _blame(path: Path, error: Exception) -> str:
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name
+    ]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    where = f"{path}:{line}" if line else str(path)
+    return f"{where} fails with {type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Folders on disk: runs, model folders, pictures."""

@@ -1,0 +1,180 @@
+"""Arrays of images to picture files: THE conversion to uint8, grids for people, files and .npz for evaluators."""
+
+import logging
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from ear_jax.files import atomic_file
+
+_LOG = logging.getLogger(__name__)
+_GAP_PX = 2
+_TITLE_PX = 16
+_CELL_PX = 128
+
+FloatImages = Float[np.ndarray, "*batch h w 3"] | Float[Array, "*batch h w 3"]
+AnyImages = FloatImages | UInt8[np.ndarray, "*batch h w 3"] | UInt8[Array, "*batch h w 3"]
+
+
+def to_uint8(images: FloatImages) -> UInt8[np.ndarray, "*batch h w 3"]:
+    """Turn images in [-1, 1] into uint8 by round(clip((x + 1) * 127.5, 0, 255)), ties to even.
+
+    This is the rounding of the EAR and MAR evaluations (DiT's truncated clip(127.5 x + 128) agrees up to exact ties).
+    Truncating (x + 1) / 2 * 255 is another formula and moves FID, so nothing else in the project converts.
+    Values that are not numbers become 0 and are logged: a picture must not end a training run.
+    """
+    scaled = (np.asarray(images).astype(np.float32) + 1.0) * 127.5
+    holes = np.isnan(scaled)
+    if holes.any():
+        _LOG.warning("%d of %d picture values are not numbers; drawn as 0", int(holes.sum()), holes.size)
+        scaled = np.where(holes, 0.0, scaled)
+    return np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
+
+
+def _as_uint8(images: AnyImages) -> UInt8[np.ndarray, "*batch h w 3"]:
+    array = np.asarray(images)
+    return array if array.dtype == np.uint8 else to_uint8(array)
+
+
+def default_columns(count: int) -> int:
+    """Return the column count that makes a grid of `count` cells about square."""
+    return max(1, math.ceil(math.sqrt(count)))
+
+
+def _layout(
+    images: UInt8[np.ndarray, "B h w 3"], columns: int, title_px: int
+) -> tuple[UInt8[np.ndarray, "H W 3"], list[tuple[int, int]]]:
+    """Place the images on a white canvas; also return the (left, top) corner of each cell, its title strip included."""
+    count, height, width, _ = images.shape
+    if count == 0:
+        raise ValueError("A grid needs at least one image, got none.")
+    if columns < 1:
+        raise ValueError(f"columns={columns}; expected at least 1.")
+    rows = math.ceil(count / columns)
+    step_y, step_x = height + title_px + _GAP_PX, width + _GAP_PX
+    canvas = np.full((rows * step_y + _GAP_PX, min(columns, count) * step_x + _GAP_PX, 3), 255, np.uint8)
+    corners = [(_GAP_PX + i % columns * step_x, _GAP_PX + i // columns * step_y) for i in range(count)]
+    for (left, top), image in zip(corners, images, strict=True):
+        canvas[top + title_px : top + title_px + height, left : left + width] = image
+    return canvas, corners
+
+
+def enlarge(images: AnyImages, cell_px: int = _CELL_PX) -> UInt8[np.ndarray, "*batch H W 3"]:
+    """Repeat the pixels of small images a whole number of times, to at most `cell_px`; larger ones stay as they are."""
+    array = _as_uint8(images)
+    factor = max(1, cell_px // max(array.shape[-3:-1]))
+    return array.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def grid(images: AnyImages, columns: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """Arrange images row by row on white, tiny ones enlarged; floats are in [-1, 1], `columns` defaults to a square."""
+    array = enlarge(images)
+    return _layout(array, columns or default_columns(len(array)), 0)[0]
+
+
+def save_grid(
+    path: str | os.PathLike[str],
+    images: AnyImages,
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+) -> Path:
+    """Write a grid of images as PNG, atomically, and return its path.
+
+    Args:
+        path: File to write; missing folders are made.
+        images: uint8, or floats in [-1, 1].
+        columns: Cells in a row; None makes the grid about square.
+        titles: One text per image, written above it and cut to its width; None leaves them out.
+
+    Raises:
+        ValueError: No images, or another number of titles than images.
+        StorageError: The file cannot be written.
+    """
+    array = enlarge(images)
+    if titles is not None and len(titles) != len(array):
+        raise ValueError(f"{len(titles)} titles for {len(array)} images; expected one title an image.")
+    canvas, corners = _layout(array, columns or default_columns(len(array)), _TITLE_PX if titles is not None else 0)
+    picture = Image.fromarray(canvas)
+    if titles is not None:
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=_TITLE_PX - 5)
+        for (left, top), title in zip(corners, titles, strict=True):
+            text = title.encode("utf-8", "replace").decode("utf-8")
+            while text and draw.textlength(text, font=font) > array.shape[2]:
+                text = text[:-1]
+            draw.text((left, top), text, fill=(0, 0, 0), font=font)
+    _save_png(path, picture)
+    return Path(path)
+
+
+def _save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def safe_name(text: str) -> str:
+    """Reduce a class name to letters, digits, dots, dashes and underscores, at most 40, never empty."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._]+", "-", plain).strip("-.")[:40] or "class"
+
+
+def clear_images(folder: str | os.PathLike[str]) -> None:
+    """Delete the images that an earlier `save_images` left in a folder, and nothing else.
+
+    Fewer new images than old ones would otherwise leave a mixture of two models.
+    """
+    for path in Path(folder).glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png"):
+        path.unlink(missing_ok=True)
+
+
+def save_images(
+    folder: str | os.PathLike[str],
+    images: AnyImages,
+    labels: Sequence[int] | Sequence[str] | Int[np.ndarray, " B"],
+    start_index: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write each image as `NNNNNN_class.png`, numbered from `start_index`, and return the paths.
+
+    Args:
+        folder: Where the files go; missing folders are made.
+        images: uint8, or floats in [-1, 1].
+        labels: The class of each image, as its name or its id.
+        start_index: Number of the first image.
+        class_names: Names by class id; without them the ids are used.
+
+    Raises:
+        ValueError: Another number of labels than images.
+        StorageError: A file cannot be written.
+    """
+    array = _as_uint8(images)
+    if len(labels) != len(array):
+        raise ValueError(f"{len(labels)} labels for {len(array)} images; expected one label an image.")
+    paths = []
+    for offset, (image, label) in enumerate(zip(array, labels, strict=True)):
+        name = class_names[int(label)] if class_names is not None and not isinstance(label, str) else str(label)
+        path = Path(folder) / f"{start_index + offset:06d}_{safe_name(name)}.png"
+        _save_png(path, Image.fromarray(image))
+        paths.append(path)
+    return paths
+
+
+def save_npz(path: str | os.PathLike[str], images: AnyImages, labels: Int[np.ndarray, " B"] | Sequence[int]) -> Path:
+    """Write images as the .npz that ADM's evaluators read: `arr_0` uint8 [B,h,w,3] and `label_arr` int64 [B].
+
+    Raises:
+        ValueError: Another number of labels than images.
+        StorageError: The file cannot be written.
+    """
+    array, ids = _as_uint8(images), np.asarray(labels, np.int64)
+    if ids.shape != array.shape[:1]:
+        raise ValueError(f"Labels have shape {ids.shape} for {len(array)} images; expected one label an image.")
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, arr_0=array, label_arr=ids)
+    return Path(path)

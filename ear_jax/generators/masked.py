@@ -1,0 +1,124 @@
+"""The generator: a backbone, one head a level, and what is hidden from them in training."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ear_jax.generators.masking import least_masked, mask_first, random_ranks, training_counts
+from ear_jax.types import Batch, Head, LevelSpec, Metrics, Posterior, Tokens, discrete_levels
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelPlan:
+    """What one level looks like to the generator, and how it is masked in training."""
+
+    spec: LevelSpec
+    mask_ratio: str
+    mask_ratio_low: float
+    mask_ratio_std: float
+    full_mask_probability: float
+    loss_weight: float
+
+    @property
+    def most_visible(self) -> int:
+        """Upper bound on the unmasked tokens of an image in training."""
+        return self.spec.tokens - least_masked(self.spec.tokens, self.mask_ratio, self.mask_ratio_low)
+
+
+def patchify(tokens_BND: Float[Array, "B N D"], patch_size: int) -> Float[Array, "B n d"]:
+    """Join each patch_size x patch_size square of a row-major grid into one token, channels major (c, p, q)."""
+    if patch_size == 1:
+        return tokens_BND
+    B, N, D = tokens_BND.shape
+    side = round(N**0.5) // patch_size
+    squares = tokens_BND.reshape(B, side, patch_size, side, patch_size, D)
+    return squares.transpose(0, 1, 3, 5, 2, 4).reshape(B, side * side, D * patch_size**2)
+
+
+def unpatchify(patches_Bnd: Float[Array, "B n d"], patch_size: int) -> Float[Array, "B N D"]:
+    """Undo `patchify`."""
+    if patch_size == 1:
+        return patches_Bnd
+    B, n, d = patches_Bnd.shape
+    side = round(n**0.5)
+    squares = patches_Bnd.reshape(B, side, side, d // patch_size**2, patch_size, patch_size)
+    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(B, n * patch_size**2, d // patch_size**2)
+
+
+class Generator(nnx.Module):
+    """Models an image level by level: level l is learned with the true earlier levels in view.
+
+    Every image trains every level at each step; a pass for level l runs over levels 0 … l only.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nnx.Module,
+        heads: Sequence[Head],
+        plans: tuple[LevelPlan, ...],
+        patch_size: int,
+        label_drop: float,
+    ):
+        for head, plan in zip(heads, plans, strict=True):
+            if head.token_kind != plan.spec.kind:
+                raise ValueError(f"level {plan.spec.name} is {plan.spec.kind}, its head draws {head.token_kind} tokens")
+        self.backbone = backbone
+        self.heads: Sequence[Head] = nnx.List(heads)
+        self.plans = plans
+        self.levels = tuple(plan.spec for plan in plans)
+        self.patch_size = patch_size
+        self.label_drop = label_drop
+
+    def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
+        """Turn tokenizer tokens into generator levels: continuous ones are patchified."""
+        return tuple(patchify(level, self.patch_size) if level.ndim == 3 else level for level in tokens.levels)
+
+    def to_tokens(self, levels: tuple[jax.Array, ...]) -> Tokens:
+        """Undo `to_levels`."""
+        return Tokens(tuple(unpatchify(level, self.patch_size) if level.ndim == 3 else level for level in levels))
+
+    def loss(
+        self, batch: Batch, rng: jax.Array, step: jax.Array, controls: Mapping[str, Any]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the weighted sum of the levels' losses on a batch of cached tokens.
+
+        The continuous level is drawn afresh from its posterior at each visit; labels are dropped with probability
+        `label_drop`, one draw an image for all its levels.
+        """
+        token_rng, drop_rng, level_rng = jax.random.split(rng, 3)
+        levels = self.to_levels(_posterior(batch).sample(token_rng))
+        labels_B = jnp.asarray(batch["label"], jnp.int32)
+        drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
+        total, metrics = jnp.float32(0.0), {}
+        for index, (plan, head) in enumerate(zip(self.plans, self.heads, strict=True)):
+            count_rng, order_rng, backbone_rng, head_rng = jax.random.split(jax.random.fold_in(level_rng, index), 4)
+            counts_B = training_counts(
+                count_rng,
+                labels_B.shape[0],
+                plan.spec.tokens,
+                distribution=plan.mask_ratio,
+                low=plan.mask_ratio_low,
+                std=plan.mask_ratio_std,
+                full_probability=plan.full_mask_probability,
+            )
+            ranks_BN = random_ranks(jax.random.split(order_rng, labels_B.shape[0]), plan.spec.tokens)
+            mask_BN = mask_first(ranks_BN, counts_B)
+            hidden_BNE = self.backbone(
+                levels[: index + 1], mask_BN, labels_B, drop_B, backbone_rng, most_visible=plan.most_visible
+            )
+            loss, level_metrics = head.loss(hidden_BNE, levels[index], mask_BN, head_rng, dict(controls))
+            total = total + plan.loss_weight * loss
+            metrics[f"loss/{plan.spec.name}"] = loss
+            metrics |= {f"{name}/{plan.spec.name}": value for name, value in level_metrics.items()}
+        return total, metrics
+
+
+def _posterior(batch: Batch) -> Posterior:
+    discrete = tuple(jnp.asarray(ids, jnp.int32) for ids in discrete_levels(batch))
+    return Posterior(discrete, jnp.asarray(batch["mean"], jnp.float32), jnp.asarray(batch["std"], jnp.float32))

@@ -1,1 +1,0 @@
-"""Everything on disk: checkpoints, run folders, model folders, pictures."""

@@ -1,0 +1,219 @@
+"""Files of reference statistics: our own, and those of ADM, pytorch-fid and torch-fidelity.
+
+Every one becomes a `ReferenceStatistics`; what a foreign file does not say stays unknown and is noted with the number.
+Nothing is ever unpickled.
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ear_jax.errors import DataError, StorageError
+from ear_jax.files import atomic_file, file_sha256
+from ear_jax.metrics.protocol import FeatureProtocol
+from ear_jax.metrics.statistics import FeatureStatistics
+from ear_jax.weights.numpy_pickle import read_arrays
+from ear_jax.weights.torch_reader import read_tensors
+
+FORMAT = "ear_jax reference statistics 1"
+_ADVICE = "Build the reference again with --task=stats, or copy the file again."
+_ASYMMETRY = 1e-5
+_LARGEST_PICKLE_BYTES = 1 << 28
+_FAULTS = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, NotImplementedError, MemoryError)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStatistics:
+    """Statistics of real images and where they come from.
+
+    Attributes:
+        pooled: Mean and covariance of the network's pooled features (FID).
+        spatial: The same of its spatial features (sFID), where there are any.
+        features: How images became features; None where the file does not say.
+        source: The images: a data source, or the file that the statistics were read from.
+        source_digest: Digest of the images; None where the file does not say.
+        digest: SHA-256 of the file that was read; empty for statistics that were not read from one.
+    """
+
+    pooled: FeatureStatistics
+    spatial: FeatureStatistics | None
+    features: FeatureProtocol | None
+    source: str
+    source_digest: str | None
+    digest: str = ""
+
+
+def save_reference_statistics(path: str | os.PathLike[str], reference: ReferenceStatistics) -> Path:
+    """Write statistics as an .npz, which pytorch-fid and (with spatial ones) ADM's evaluator read as well.
+
+    Its arrays are `mu`, `sigma`, `mu_s`, `sigma_s` (spatial), `N`, and `protocol`: a JSON text with the feature
+    network, its digest, the image size, the source and its digest.
+
+    Raises:
+        DataError: The statistics are not what may be read again (not finite, or without count or protocol).
+        StorageError: The file cannot be written.
+    """
+    if reference.features is None or reference.pooled.count is None:
+        raise DataError("Statistics without their feature network or image count are not written; measure them again.")
+    protocol = {
+        "format": FORMAT,
+        "source": reference.source,
+        "source_digest": reference.source_digest,
+        "features": dataclasses.asdict(reference.features),
+    }
+    arrays: dict[str, Any] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    _statistics(arrays, "mu", "sigma", reference.pooled.count, Path(path))
+    text = np.asarray(json.dumps(protocol, sort_keys=True))
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, N=np.asarray(reference.pooled.count), protocol=text)
+    return Path(path)
+
+
+def load_reference_statistics(path: str | os.PathLike[str]) -> ReferenceStatistics:
+    """Read statistics from our .npz, ADM's (`mu`, `sigma`, `mu_s`, `sigma_s`), pytorch-fid's or torch-fidelity's .pt.
+
+    Raises:
+        DataError: No such file, damaged, of another kind, or its arrays are no mean and covariance.
+        StorageError: The file cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"No reference statistics at {path}. Build them: --task=stats --config.data.source=SOURCE.")
+    try:
+        arrays = _torch_arrays(path) if path.suffix in (".pt", ".pth") else _npz_arrays(path)
+        digest = file_sha256(path)
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except _FAULTS as error:
+        raise DataError(f"{path} holds no sound statistics ({type(error).__name__}: {error}). {_ADVICE}") from error
+    if "mu" not in arrays or "sigma" not in arrays:
+        images = " It holds images: give it as what to compare with, not as statistics." if "arr_0" in arrays else ""
+        names = ", ".join(sorted(arrays)[:8]) or "nothing"
+        raise DataError(f"{path} holds {names}; expected the arrays mu and sigma.{images}")
+    protocol = _protocol(arrays, path)
+    count = _count(arrays, path)
+    has_spatial = "mu_s" in arrays and "sigma_s" in arrays
+    return ReferenceStatistics(
+        pooled=_statistics(arrays, "mu", "sigma", count, path),
+        spatial=_statistics(arrays, "mu_s", "sigma_s", count, path) if has_spatial else None,
+        features=FeatureProtocol(**protocol["features"]) if protocol else None,
+        source=protocol["source"] if protocol else path.name,
+        source_digest=protocol["source_digest"] if protocol else None,
+        digest=digest,
+    )
+
+
+def check_reference(reference: ReferenceStatistics, features: FeatureProtocol, width: int) -> tuple[str, ...]:
+    """Make sure that images measured as `features` can be compared with a reference; return what it leaves unsaid.
+
+    Args:
+        reference: Statistics that were read or built.
+        features: How the images to score become features.
+        width: Number of pooled features.
+
+    Raises:
+        DataError: Another width, feature network, weights, resize or image size; every difference is listed.
+    """
+    faults = []
+    if reference.pooled.width != width:
+        faults.append(f"features: {reference.pooled.width} in the reference, {width} here")
+    if reference.features is not None:
+        # Real images are uint8 before they are measured, so the rounding of generated ones is not theirs.
+        pairs = {
+            field.name: (getattr(reference.features, field.name), getattr(features, field.name))
+            for field in dataclasses.fields(FeatureProtocol)
+            if field.name != "rounding"
+        }
+        faults += [f"{name}: {a!r} in the reference, {b!r} here" for name, (a, b) in pairs.items() if a != b]
+    if faults:
+        listed = "\n".join(f"  {line}" for line in faults)
+        raise DataError(
+            f"The reference {reference.source} does not fit the images to score:\n{listed}\n"
+            "Expected one feature network and one image size. Build a fitting reference with --task=stats."
+        )
+    if reference.features is None:
+        return (
+            f"{reference.source} does not say its feature network, image size or number of images: taken to be those "
+            "of the images scored.",
+        )
+    return ()
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    # Opened here, because numpy leaves a file open that turns out not to be a zip.
+    with open(path, "rb") as stream:
+        file = np.load(stream, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array, not an .npz")
+        wanted = ("mu", "sigma", "mu_s", "sigma_s", "N", "protocol")
+        arrays = {name: file[name] for name in wanted if name in file.files}
+        # Images may be many gigabytes; that they are there is all that matters.
+        return arrays | {name: np.empty(0) for name in file.files if name not in wanted}
+
+
+def _torch_arrays(path: Path) -> dict[str, np.ndarray]:
+    # torch-fidelity keeps numpy arrays in its cache; its forks also tensors.
+    if not zipfile.is_zipfile(path):
+        return read_tensors(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+        if len(entries) != 1 or entries[0].file_size > _LARGEST_PICKLE_BYTES:
+            raise ValueError("a file of torch has one data.pkl of at most 256 MiB")
+        program = archive.read(entries[0])
+    return read_arrays(program) if b"multiarray" in program[:256] else read_tensors(path)
+
+
+def _protocol(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Any] | None:
+    if "protocol" not in arrays:
+        return None
+    try:
+        protocol = json.loads(str(arrays["protocol"]))
+        fields = {field.name for field in dataclasses.fields(FeatureProtocol)}
+        if protocol["format"] == FORMAT and set(protocol["features"]) == fields:
+            return protocol
+        what = f"its format is {protocol['format']!r}"
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"its protocol is unreadable: {error}"
+    raise DataError(f"{path}: {what}; expected {FORMAT!r}. {_ADVICE}")
+
+
+def _count(arrays: Mapping[str, np.ndarray], path: Path) -> int | None:
+    if "N" not in arrays:
+        return None
+    count = arrays["N"]
+    if count.shape or count.dtype.kind not in "iu" or count < 2:
+        raise DataError(f"{path}: N is {count.dtype} {count!s:.40}; expected one integer of at least 2. {_ADVICE}")
+    return int(count)
+
+
+def _statistics(
+    arrays: Mapping[str, np.ndarray], mean_key: str, covariance_key: str, count: int | None, path: Path
+) -> FeatureStatistics:
+    """Return a mean and a covariance as float64 after checking that they are; raises DataError."""
+    mean, covariance = arrays[mean_key], arrays[covariance_key]
+    fault = None
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        fault = f"{mean_key} and {covariance_key} are {mean.dtype} and {covariance.dtype}, expected floats"
+    elif mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
+        fault = f"{mean_key} has shape {mean.shape} and {covariance_key} {covariance.shape}, expected [D] and [D, D]"
+    elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        bad = int((~np.isfinite(mean)).sum() + (~np.isfinite(covariance)).sum())
+        fault = f"{bad} values of {mean_key} and {covariance_key} are not finite"
+    elif (np.diagonal(covariance) < 0).any():
+        fault = f"{covariance_key} has a variance of {np.diagonal(covariance).min():.3g}, expected none below zero"
+    else:
+        asymmetry = float(np.abs(covariance - covariance.T).max())
+        if asymmetry > _ASYMMETRY * float(np.diagonal(covariance).max()):
+            fault = f"{covariance_key} is not symmetric (it differs by {asymmetry:.3g} from its transpose)"
+    if fault is not None:
+        raise DataError(f"{path}: {fault}. {_ADVICE}")
+    return FeatureStatistics(mean.astype(np.float64), covariance.astype(np.float64), count)

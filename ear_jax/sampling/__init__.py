@@ -1,1 +1,0 @@
-"""Sampling: schedules, orders, guidance and the loop over levels."""

@@ -1,0 +1,212 @@
+"""Measure a model, reconstructions and samples, and write the numbers with all that they depend on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ear_jax.config.schema import Config
+from ear_jax.data.open import open_split
+from ear_jax.data.sources import SplitSource, Subset
+from ear_jax.errors import ConfigError
+from ear_jax.files import digest_of, write_json
+from ear_jax.folders import model_folder
+from ear_jax.inference import pipeline
+from ear_jax.metrics.classifier import trust_report
+from ear_jax.metrics.collapse import collapse_alarm
+from ear_jax.metrics.feature_weights import lpips_weights
+from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork
+from ear_jax.metrics.reconstruction_scorer import Distance, ReconstructionScorer
+from ear_jax.metrics.reference import Reference
+from ear_jax.metrics.sample_scorer import SampleScorer
+from ear_jax.metrics.score_types import Reconstructions, Scores, ScoreSettings
+from ear_jax.nn.functional import functional
+from ear_jax.nn.perceptual import PerceptualDistance
+from ear_jax.stages.drawn import drawn_batches, sampling_protocol
+from ear_jax.stages.evaluation_report import judge_protocol, report
+from ear_jax.stages.references import chosen_network, open_networks, open_reference, score_settings, source_batches
+from ear_jax.stages.sample import steps_of_levels
+from ear_jax.stages.session import Session, fingerprint
+from ear_jax.stages.streams import measure_streams
+from ear_jax.types import Tokens
+
+FIRST_SAMPLE = 1 << 20
+"""Number of the first sample that is scored: none of those that `--task=sample` draws."""
+
+TRUST_IMAGES = 1_000
+JUDGED = ("class_accuracy",)
+
+
+def evaluate(session: Session, *, model: str | None = None) -> None:
+    """Write `evaluation.json`: reconstructions, samples, and how far the judge can be trusted.
+
+    Skipped when nothing has changed. Whatever network the distances use, samples are also judged by a small classifier
+    trained on the real images with noise, blur and block noise; its own accuracy stands beside the result.
+
+    Raises:
+        ConfigError: the model knows other classes than the data.
+        DataError: weights, reference or images cannot be used.
+    """
+    config, workdir = session.config, session.workdir
+    chosen = model or workdir.model("generator")
+    weights = digest_of((model_folder.find(chosen) / "config.json").read_bytes())  # holds the hashes of the weights
+    made_from = digest_of(fingerprint(config, "generator"), weights, *_dependencies(config))
+    if workdir.is_complete("evaluation", made_from=made_from):
+        session.say(f"evaluation  complete in {workdir.evaluation}")
+        report(session, json.loads(workdir.evaluation.read_text()))
+        return
+    loaded = pipeline.load(chosen)
+    train = open_split(config.data, "train", seed=config.seed)
+    held_out = open_split(config.data, "eval", seed=config.seed)
+    is_numbered = loaded.class_names == tuple(map(str, range(len(train.class_names))))
+    if train.class_names != loaded.class_names and not is_numbered:
+        raise ConfigError(
+            f"{chosen} knows {len(loaded.class_names)} classes ({', '.join(loaded.class_names[:5])} …), but "
+            f"config.data.source={config.data.source} has {len(train.class_names)} "
+            f"({', '.join(train.class_names[:5])} …). Evaluate on the data that the model was trained on."
+        )
+    lpips, lpips_digest = _lpips(config)
+    network, judge = open_networks(session, train)
+    reference = open_reference(session, network, train)
+    trust, warnings = _trust(judge, held_out, config)
+    if is_numbered and train.class_names != loaded.class_names:
+        warnings.append("The model numbers its classes: they are taken to be the data's, in their order.")
+    reconstructed = _reconstructions(loaded, network, judge, reference, held_out, config, lpips)
+    scores, judged = _samples(loaded, network, judge, reference, config, weights)
+    streams = measure_streams(loaded, held_out, config)
+    parts = {f"reconstructions ({name})": part for name, part in reconstructed.items()} | {"samples": scores}
+    warnings += [f"{what}: {warning}" for what, part in parts.items() for warning in part.warnings]
+    result = {
+        "psnr_db": {name: part.values["psnr"] for name, part in reconstructed.items()},
+        "classifier": trust,
+        "class_accuracy_reconstructions": reconstructed["full"].values["class_accuracy"],
+        "class_accuracy_samples": judged.values["class_accuracy"],
+        "class_accuracy_by_class": {loaded.class_names[label]: right for label, right in judged.by_class.items()},
+        "scores": scores.values,
+        "reconstruction_scores": {name: part.values for name, part in reconstructed.items()},
+        "streams": {} if streams is None else dataclasses.asdict(streams),
+        "warnings": warnings,
+        "collapse": [*reconstructed["full"].alarms, *scores.alarms, *collapse_alarm(streams=streams)],
+        "protocol": {
+            "judge": judge_protocol(config),
+            "judge_weights_sha256": judge.digest,
+            "lpips_weights_sha256": lpips_digest,
+            "samples": config.evaluate.samples,
+            "reconstructions": min(config.evaluate.reconstructions, len(held_out)),
+            "weights": "moving average",
+            "steps": list(steps_of_levels(config)),
+            **{name: getattr(config.sample, name) for name in ("guidance_scale", "temperature", "coarse_temperature")},
+            **{name: getattr(config.sample, name) for name in ("top_k", "top_p", "seed")},
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "scores": scores.protocol,
+            "reconstruction_scores": reconstructed["full"].protocol,
+        },
+    }
+    if session.is_first:
+        write_json(workdir.evaluation, result)
+        workdir.mark_complete("evaluation", made_from=made_from)
+    session.ledger.event("evaluation", stage="generator", **result)
+    report(session, result)
+
+
+def _samples(
+    loaded: pipeline.Pipeline,
+    network: FeatureNetwork,
+    judge: ClassifierFeatures,
+    reference: Reference,
+    config: Config,
+    weights: str,
+) -> tuple[Scores, Scores]:
+    """Return the scores in the chosen network and the judge's, which are the same ones where that is the judge."""
+    settings = score_settings(config)
+    if network is judge and settings.metrics:
+        settings = dataclasses.replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *JUDGED))))
+    scorers = [SampleScorer(network, reference, settings=settings)]
+    if network is not judge:
+        scorers.append(SampleScorer(judge, None, settings=ScoreSettings(JUDGED)))
+    for batch in drawn_batches(loaded, config, count=config.evaluate.samples, first=FIRST_SAMPLE):
+        for scorer in scorers:
+            scorer.update(batch)
+    sampling = sampling_protocol(loaded, config, weights, use_ema=True)
+    found = [scorer.scores(sampling=sampling) for scorer in scorers]
+    return found[0], found[-1]
+
+
+def _reconstructions(
+    loaded: pipeline.Pipeline,
+    network: FeatureNetwork,
+    judge: ClassifierFeatures,
+    reference: Reference,
+    held_out: SplitSource,
+    config: Config,
+    lpips: Distance | None,
+) -> dict[str, Scores]:
+    """Return the scores of held-out images from all tokens and, where there are two kinds, from the discrete ones."""
+    images = Subset(held_out, config.evaluate.reconstructions, seed=config.seed)
+    sizes = [level.size for level in loaded.spec.levels if level.kind == "discrete"]
+    scorers = {"full": ReconstructionScorer(network, lpips=lpips, codebook_sizes=sizes, reference=reference)}
+    if 0 < len(sizes) < len(loaded.spec.levels):
+        scorers["coarse"] = ReconstructionScorer(network)
+    judging = scorers["full"]
+    if network is not judge:
+        judging = ReconstructionScorer(judge, settings=ScoreSettings(JUDGED))
+    for batch in source_batches(images, config):
+        tokens = loaded.encode(batch.images)
+        codes = tuple(np.asarray(level) for level in tokens.levels if level.ndim == 2)
+        full = Reconstructions(batch.images, loaded.decode(tokens), batch.labels, codes, batch.numbers)
+        scorers["full"].update(full)
+        if judging is not scorers["full"]:
+            judging.update(full)
+        if "coarse" in scorers:
+            decoded = loaded.decode(Tokens(tokens.levels[: len(codes)]))
+            scorers["coarse"].update(full._replace(images=decoded, codes=()))
+    source = f"{len(images)} held-out images of {config.data.source}"
+    found = {name: scorer.scores(source=source, source_digest=images.digest) for name, scorer in scorers.items()}
+    if network is not judge:
+        found["full"].values["class_accuracy"] = judging.scores().values["class_accuracy"]
+    return found
+
+
+def _lpips(config: Config) -> tuple[Distance | None, str]:
+    """Return LPIPS as one program, and the digest of its weights; nothing where none were given."""
+    path = config.evaluate.lpips_weights
+    if not path:
+        return None, ""
+    weights = lpips_weights("" if path == "download" else path)
+    static, parameters, frozen = functional(PerceptualDistance(weights.arrays))
+    arrays = {**parameters, **frozen}
+    compiled = jax.jit(lambda arrays, images, originals: static.merge(arrays, arrays)(images, originals))
+    return lambda images, originals: compiled(arrays, images, originals), weights.digest
+
+
+def _trust(judge: ClassifierFeatures, held_out: SplitSource, config: Config) -> tuple[dict[str, float], list[str]]:
+    """Return the judge's accuracy on held-out images, clean and degraded, and what to beware of."""
+    batches = list(source_batches(Subset(held_out, TRUST_IMAGES, seed=config.seed), config))
+    labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None])
+    trust = trust_report(judge.classifier, np.concatenate([batch.images for batch in batches]), labels)
+    warnings, worst = [], min(trust.values())
+    if judge.classes == 1:
+        warnings.append(
+            "The data has one class: the judging classifier learns nothing from it, so its features and accuracy mean "
+            "nothing. Use --config.evaluate.features=inception."
+        )
+    elif worst < 0.5 * (1 + 1 / judge.classes):
+        warnings.append(
+            f"The judging classifier is right on {trust['accuracy_clean']:.1%} of clean and {worst:.1%} of the worst "
+            "degraded held-out images: its distances and class accuracies cannot be trusted beyond that. Raise "
+            "config.evaluate.classifier_steps or classifier_channels."
+        )
+    return trust, warnings
+
+
+def _dependencies(config: Config) -> tuple[Any, ...]:
+    """Return everything that an evaluation depends on, beside the model and its data."""
+    settings = dataclasses.replace(config.evaluate, every_steps=0, every_samples=2)
+    files = [Path(path) for path in (settings.reference, settings.inception_weights, settings.lpips_weights) if path]
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    groups = (config.sample, settings, config.stats)
+    return chosen_network(config), stamps, *(dataclasses.astuple(group) for group in groups)

@@ -1,0 +1,135 @@
+"""Train the generator on cached tokens and leave a model folder that samples."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ear_jax import build
+from ear_jax.config import read
+from ear_jax.config.derive import stage_lengths
+from ear_jax.config.schema import Config
+from ear_jax.data.latents import LatentsSource
+from ear_jax.data.loader import Loader
+from ear_jax.distributed.process import to_host
+from ear_jax.errors import ConfigError
+from ear_jax.folders import model_folder, pictures
+from ear_jax.inference.pipeline import Pipeline
+from ear_jax.nn.functional import Arrays, Keys
+from ear_jax.stages.session import Session
+from ear_jax.stages.training_scores import TrainingScores
+from ear_jax.training.loop import StageRun, train
+from ear_jax.training.optim import resolve
+from ear_jax.training.step import TrainState
+
+GRID_COLUMNS = 10
+
+
+def train_generator(session: Session) -> None:
+    """Train until done, then write `generator/model` and `generator/samples.png`."""
+    config, workdir = session.config, session.workdir
+    if session.is_complete("generator"):
+        session.say(f"generator   complete in {workdir.model('generator')}")
+        return
+    session.begin("generator")
+    tokenizer = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
+    source = LatentsSource(_latents_path(session))
+    spec = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))).spec
+    if source.levels != spec.levels:
+        raise ConfigError(
+            f"{_latents_path(session)} holds levels {[level.name for level in source.levels]} of another tokenizer; "
+            f"this configuration has {[level.name for level in spec.levels]}. Run --task=latents again."
+        )
+    settings, classes = config.generator_training, len(source.class_names)
+    loader = Loader(
+        source,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        use_flip=config.data.use_flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        prefetch_batches=config.data.prefetch_batches,
+    )
+    columns = min(GRID_COLUMNS, classes)
+    labels = np.arange(4 * columns) % columns
+    pipeline = Pipeline(config, source.class_names, {"tokenizer": tokenizer})
+
+    def grid(step: int, state: TrainState) -> dict[str, np.ndarray]:
+        drawn = {}
+        for kind in ("params", "ema"):
+            pipeline.set_generator(to_host({**state[kind], **state["rest"]}))
+            drawn[kind] = pipeline.sample(labels, seed=config.sample.seed)
+        if session.is_first:
+            folder = workdir.stage("generator")
+            pictures.save_grid(folder / "samples.png", drawn["ema"], columns=columns)
+            pictures.save_grid(folder / "samples_without_averaging.png", drawn["params"], columns=columns)
+        return {f"samples_{kind}": pictures.grid(images, columns) for kind, images in drawn.items()}
+
+    frozen = build.frozen_arrays(config, tokenizer)
+
+    def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
+        return parameters, {**rest, **frozen}
+
+    stage = StageRun(
+        stage="generator",
+        config_name=config.name,
+        config_dict=read.to_dict(config),
+        settings=settings,
+        recipe=resolve(settings, stage_lengths(settings, len(source)), undecayed=build.undecayed(config)),
+        create=lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
+        loader=loader,
+        mesh=session.mesh,
+        seed=config.seed,
+        folder=workdir.stage("generator"),
+        ledger=session.ledger,
+        tensorboard_folder=workdir.tensorboard,
+        grid=grid,
+        overwrite=take_over,
+        score=TrainingScores(session, pipeline) if config.evaluate.every_steps else None,
+        score_every_steps=config.evaluate.every_steps,
+    )
+    try:
+        _, state = train(stage)
+    finally:
+        loader.close()
+    generator = to_host({**state["ema"], **state["rest"]})
+    pipeline.set_generator(generator)
+    picture = pictures.grid(pipeline.sample(labels, seed=config.sample.seed), columns)
+    if session.is_first:
+        model_folder.write(
+            workdir.model("generator"),
+            read.to_dict(config),
+            {"tokenizer": tokenizer, "generator": generator},
+            source.class_names,
+            {"Training": _training_facts(config, source, stage)},
+            picture,
+        )
+    session.mark_complete("generator", data_digest=source.digest, **_floats(stage.facts))
+
+
+def _latents_path(session: Session) -> Path:
+    own = session.config.latents.source
+    return Path(own.removeprefix("latents:")) if own else session.workdir.stage("latents")
+
+
+def _training_facts(config: Config, source: LatentsSource, stage: StageRun) -> dict[str, Any]:
+    lengths = stage.recipe.lengths
+    return {
+        "data": config.data.source,
+        "images": len(source),
+        "classes": len(source.class_names),
+        "updates": lengths.total_steps,
+        "batch size": config.generator_training.batch_size,
+        "weights": f"moving average, decay {config.generator_training.ema_decay:g}",
+        **{
+            f"last {name}": f"{value:.4g}"
+            for name, value in stage.facts.get("last_metrics", {}).items()
+            if "loss" in name
+        },
+    }
+
+
+def _floats(facts: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in facts.items() if isinstance(value, float)}

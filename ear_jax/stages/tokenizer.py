@@ -1,0 +1,218 @@
+"""Train the tokenizer, measure its latents' statistics, and leave a model folder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ear_jax import build
+from ear_jax.config import read
+from ear_jax.config.derive import stage_lengths
+from ear_jax.config.schema import Config
+from ear_jax.data.loader import Loader, eval_batches
+from ear_jax.data.open import open_split
+from ear_jax.data.quarantine import write_quarantine
+from ear_jax.distributed.process import to_host
+from ear_jax.folders import model_folder, pictures
+from ear_jax.folders.model_folder import check
+from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
+from ear_jax.metrics.reconstruction import psnr
+from ear_jax.nn.functional import Arrays, Functional, Keys, functional
+from ear_jax.stages.session import Session
+from ear_jax.training.loop import StageRun, train
+from ear_jax.training.optim import resolve
+from ear_jax.training.step import TrainState
+from ear_jax.types import Tokens
+
+GRID_IMAGES = 12
+STATISTICS_IMAGES = 10_000
+
+
+def train_tokenizer(session: Session) -> None:
+    """Train until done, then write `tokenizer/model` and `tokenizer/reconstructions.png`."""
+    config, workdir = session.config, session.workdir
+    if session.is_complete("tokenizer"):
+        session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
+        return
+    session.begin("tokenizer")
+    if config.tokenizer.source:
+        adopt_tokenizer(session)
+        return
+    source = open_split(config.data, "train", seed=config.seed)
+    held_out = open_split(config.data, "eval", seed=config.seed)
+    for note in source.notes:
+        session.say(f"data        {note}")
+    settings = config.tokenizer_training
+    loader = Loader(
+        source,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        use_flip=config.data.use_flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        decode_threads=config.data.decode_threads,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+    static, _, _ = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))))
+    pictured = next(eval_batches(held_out, GRID_IMAGES))
+    reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
+
+    def grid(step: int, state: TrainState) -> dict[str, np.ndarray]:
+        rows = reconstruct(_tokenizer_arrays(state), to_float(pictured["image"]))
+        ordered = [np.asarray(rows[name]) for name in ("original", "full", "coarse") if name in rows]
+        picture = pictures.grid(np.concatenate(ordered), columns=GRID_IMAGES)
+        if session.is_first:
+            pictures.save_grid(workdir.stage("tokenizer") / "reconstructions.png", picture[None], columns=1)
+        return {"reconstructions": picture}
+
+    stage = StageRun(
+        stage="tokenizer",
+        config_name=config.name,
+        config_dict=read.to_dict(config),
+        settings=settings,
+        recipe=resolve(settings, stage_lengths(settings, len(source))),
+        create=lambda rngs: build.build_tokenizer_objective(config, rngs=rngs),
+        loader=loader,
+        mesh=session.mesh,
+        seed=config.seed,
+        folder=workdir.stage("tokenizer"),
+        ledger=session.ledger,
+        tensorboard_folder=workdir.tensorboard,
+        grid=grid,
+    )
+    try:
+        _, state = train(stage)
+    finally:
+        loader.close()
+        if session.is_first:
+            write_quarantine(workdir.root / "quarantine.tsv", [source.quarantine, held_out.quarantine])
+    arrays = with_statistics(static, _tokenizer_arrays(state), source, config)
+    picture = grid(stage.recipe.lengths.total_steps, state)["reconstructions"]
+    quality = reconstruction_psnr(static, arrays, held_out, config, limit=config.evaluate.reconstructions)
+    for name, value in quality.items():
+        session.say(f"held out    PSNR {name} {value:.2f} dB")
+    session.ledger.event("evaluation", stage="tokenizer", **{f"psnr_{name}": value for name, value in quality.items()})
+    if session.is_first:
+        model_folder.write(
+            workdir.model("tokenizer"),
+            read.to_dict(config),
+            {"tokenizer": {name: np.asarray(leaf) for name, leaf in arrays.items()}},
+            source.class_names,
+            {
+                "Reconstruction (held-out images)": {
+                    f"PSNR {name}, dB": f"{value:.2f}" for name, value in quality.items()
+                }
+            },
+            picture,
+        )
+    session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **_times(stage))
+
+
+def adopt_tokenizer(session: Session) -> None:
+    """Put the tokenizer of `config.tokenizer.source` into the run as it is.
+
+    Raises:
+        ConfigError: that folder holds no tokenizer, or one of another architecture than this configuration's.
+    """
+    config, workdir = session.config, session.workdir
+    found = model_folder.read(config.tokenizer.source)
+    _, parameters, rest = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))))
+    expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in {**parameters, **rest}.items()}
+    check(found.tensors.get("tokenizer", {}), expected, f"the tokenizer of {config.tokenizer.source}")
+    source = open_split(config.data, "train", seed=config.seed)
+    if session.is_first:
+        model_folder.write(
+            workdir.model("tokenizer"),
+            read.to_dict(config),
+            {"tokenizer": found.tensors["tokenizer"]},
+            source.class_names,
+            {"Origin": {"taken from": str(config.tokenizer.source)}},
+        )
+    session.say(f"tokenizer   taken from {config.tokenizer.source}")
+    session.mark_complete("tokenizer", data_digest=source.digest)
+
+
+def to_float(images: Any) -> jax.Array:
+    """Turn uint8 images into float32 in [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Config) -> Arrays:
+    """Return the tokenizer's arrays with the mean and standard deviation of its continuous tokens set.
+
+    Measured over up to 10,000 training images, posterior noise included, so that tokens leave with unit scale.
+    """
+
+    module = static.merge(arrays, arrays)
+    continuous = [level for level in module.spec.levels if level.kind == "continuous"]
+    if not continuous:
+        return arrays
+    channels, tokens = continuous[0].size, continuous[0].tokens
+    module.set_latent_statistics(jnp.zeros(channels), jnp.ones(channels))
+    arrays = merged_arrays(module)
+
+    @jax.jit
+    def sums(arrays: Arrays, images: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        posterior = static.merge(arrays, arrays).posterior(to_float(images))
+        return latent_sums(posterior.mean, posterior.std, weight_B)
+
+    parts = []
+    for batch in eval_batches(source, min(config.latents.batch_size, len(source))):
+        parts.append(jax.device_get(sums(arrays, batch["image"], (batch["index"] >= 0).astype(np.float32))))
+        if sum(part[0] for part in parts) >= STATISTICS_IMAGES * tokens:
+            break
+    module.set_latent_statistics(*latent_statistics(parts))
+    return merged_arrays(module)
+
+
+def merged_arrays(module: nnx.Module) -> Arrays:
+    """Return parameters and other arrays of a module in one dictionary."""
+    _, parameters, rest = functional(module)
+    return {**parameters, **rest}
+
+
+def reconstruction_psnr(
+    static: Functional, arrays: Arrays, source: Any, config: Config, *, limit: int
+) -> dict[str, float]:
+    """Return the mean PSNR in dB over held-out images, of all levels and of the coarse levels alone."""
+
+    @jax.jit
+    def measure(arrays: Arrays, images: jax.Array) -> dict[str, jax.Array]:
+        truth = to_float(images)
+        rows = _reconstructions(static, arrays, truth)
+        return {name: psnr(row, truth) for name, row in rows.items() if name != "original"}
+
+    totals: dict[str, list[np.ndarray]] = {}
+    seen = 0
+    for batch in eval_batches(source, min(config.latents.batch_size, max(1, min(limit, len(source))))):
+        valid = batch["index"] >= 0
+        for name, values in measure(arrays, batch["image"]).items():
+            totals.setdefault(name, []).append(np.asarray(values)[valid])
+        seen += int(valid.sum())
+        if seen >= limit:
+            break
+    return {name: float(np.concatenate(values)[:limit].mean()) for name, values in totals.items()}
+
+
+def _reconstructions(static: Functional, arrays: Arrays, images: jax.Array) -> Mapping[str, jax.Array]:
+    """Return the originals, the reconstructions, and where there are coarse levels what they alone hold."""
+    tokenizer = static.merge(arrays, arrays)
+    tokens = tokenizer.encode(images)
+    rows = {"original": images, "full": tokenizer.decode(tokens)}
+    if tokens.coarse is not None:
+        rows["coarse"] = tokenizer.decode(Tokens(tokens.levels[:-1]))
+    return rows
+
+
+def _tokenizer_arrays(state: TrainState) -> Arrays:
+    prefix = "tokenizer/"
+    merged = {**state["ema"], **state["rest"]}
+    mine = to_host({name: leaf for name, leaf in merged.items() if name.startswith(prefix)})
+    return {name.removeprefix(prefix): jnp.asarray(leaf) for name, leaf in mine.items()}
+
+
+def _times(stage: StageRun) -> dict[str, Any]:
+    return {name: value for name, value in stage.facts.items() if isinstance(value, float)}
