@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from ear_jax.levels import Fields, token_fields
 from ear_jax.levels import LevelSpec as LevelSpec
 from ear_jax.levels import TokenizerSpec as TokenizerSpec
 
@@ -20,6 +23,19 @@ Batch = Mapping[str, Any]
 
 Metrics = dict[str, jax.Array]
 """Scalars of one step, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How the optimiser treats a parameter: does weight decay act on it, does it learn at the head's rate."""
+
+    decays: bool
+    is_head: bool = False
+
+
+def usual_group(name: str, *undecayed: str) -> Group:
+    """Return the group of a parameter by the last word of its path: all but biases, norms and `undecayed` decay."""
+    return Group(decays=name.rpartition("/")[2] not in ("bias", "scale", *undecayed))
 
 
 @runtime_checkable
@@ -80,12 +96,6 @@ class Tokens:
         return continuous[-1] if continuous else None
 
 
-def discrete_levels(batch: Batch) -> tuple[Any, ...]:
-    """Return the ids of a cached batch, `level_0`, `level_1` …, coarsest first."""
-    count = sum(name.startswith("level_") for name in batch)
-    return tuple(batch[f"level_{number}"] for number in range(count))
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Posterior:
@@ -106,3 +116,29 @@ class Posterior:
         if rng is not None:
             fine = fine + self.std * jax.random.normal(rng, fine.shape, fine.dtype)
         return Tokens((*self.discrete, fine))
+
+    def to_batch(self) -> dict[str, jax.Array]:
+        """Return the arrays by their names in a batch."""
+        named = {Fields.ids(number): ids for number, ids in enumerate(self.discrete)}
+        if self.mean is None or self.std is None:
+            return named
+        return named | {Fields.MEAN: self.mean, Fields.STD: self.std}
+
+    @classmethod
+    def from_batch(cls, batch: Batch) -> "Posterior":
+        """Return what a cached batch holds: ids int32, mean and deviation float32 whatever they were stored as."""
+        count = sum(Fields.ids(number) in batch for number in range(len(batch)))
+        discrete = tuple(jnp.asarray(batch[Fields.ids(number)], jnp.int32) for number in range(count))
+        continuous = [jnp.asarray(batch[name], jnp.float32) for name in (Fields.MEAN, Fields.STD) if name in batch]
+        mean, std = continuous or (None, None)
+        return cls(discrete, mean, std)
+
+
+def cached_batch(levels: tuple[LevelSpec, ...], count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch of `count` cached images, for programs that are traced without data."""
+    ids = jax.ShapeDtypeStruct((count,), np.int32)
+    dtypes = {"discrete": np.int32, "continuous": np.float32}
+    return {Fields.LABEL: ids, Fields.INDEX: ids} | {
+        name: jax.ShapeDtypeStruct((count, *level.token_shape), dtypes[level.kind])
+        for name, level in token_fields(levels).items()
+    }

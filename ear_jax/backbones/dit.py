@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.attention import SelfAttention
 from ear_jax.nn.layers import ZEROS, Linear, Mlp, TimeEmbedding, layer_norm, sincos_positions
-from ear_jax.nn.transformer import run_stack, stacked
+from ear_jax.nn.transformer import Trunk, run_stack, stacked
 from ear_jax.types import LevelSpec
 
 
@@ -19,11 +18,12 @@ class DiTBlock(nnx.Module):
     dtype.
     """
 
-    def __init__(self, *, width: int, heads: int, mlp_ratio: float, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, trunk: Trunk, *, rngs: nnx.Rngs):
+        width, dropout, dtype = trunk.width, trunk.dropout, trunk.dtype
         self.attention_norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width=width, heads=heads, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width=width, heads=trunk.heads, dropout=dropout, dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
-        hidden = int(width * mlp_ratio)
+        hidden = int(width * trunk.mlp_ratio)
         self.mlp = Mlp(width=width, hidden=hidden, dropout=dropout, use_tanh=True, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 6 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
 
@@ -49,36 +49,16 @@ class DiT(nnx.Module):
     starts at zero.
     """
 
-    def __init__(
-        self,
-        *,
-        level: LevelSpec,
-        classes: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        use_scan: bool = True,
-        use_remat: bool = False,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, trunk: Trunk, *, level: LevelSpec, classes: int, rngs: nnx.Rngs):
+        width, dtype = trunk.width, trunk.dtype
+        self.trunk = trunk
         self.level = level
         self.classes = classes
-        self.width = width
-        self.depth = depth
-        self.use_scan = use_scan
-        self.use_remat = use_remat
         self.project = Linear(level.size, width, dtype=dtype, rngs=rngs)
         self.time = TimeEmbedding(width=width, dtype=dtype, rngs=rngs)
         table = nnx.initializers.normal(0.02)(rngs.params(), (classes + 1, width), jnp.float32)
         self.class_embedding = nnx.Param(table)
-
-        def make(rngs: nnx.Rngs) -> DiTBlock:
-            return DiTBlock(width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs)
-
-        self.blocks = stacked(make, depth, rngs)
+        self.blocks = stacked(lambda rngs: DiTBlock(trunk, rngs=rngs), trunk.depth, rngs)
         self.norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 2 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
         self.output = Linear(width, 2 * level.size, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
@@ -102,17 +82,15 @@ class DiT(nnx.Module):
         """
         rows_B = jnp.where(drop_label_B, self.classes, labels_B)
         condition_BE = self.time(steps_B).astype(jnp.float32) + self.class_embedding[...][rows_B]
-        positions = sincos_positions(self.level.grid, self.width)
+        positions = sincos_positions(self.level.grid, self.trunk.width)
         hidden_BNE = self._run(self.project(noisy_BND).astype(jnp.float32) + positions, condition_BE, rng)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(condition_BE))[:, None], 2, axis=-1)
         return self.output(self.norm(hidden_BNE) * (1 + scale) + shift).astype(jnp.float32)
 
     def _run(self, hidden_BNE: jax.Array, condition_BE: jax.Array, rng: jax.Array | None) -> jax.Array:
-        keys = None if rng is None else jax.random.split(rng, self.depth)
+        keys = None if rng is None else jax.random.split(rng, self.trunk.depth)
 
         def apply(block: DiTBlock, hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
             return block(hidden, condition_BE, key), None
 
-        return run_stack(
-            self.blocks, apply, hidden_BNE, keys, depth=self.depth, use_scan=self.use_scan, use_remat=self.use_remat
-        )[0]
+        return run_stack(self.blocks, apply, hidden_BNE, keys, trunk=self.trunk)[0]

@@ -1,5 +1,7 @@
 """MAR's masked autoencoder: an encoder that sees the visible tokens alone, a decoder that fills in the masked ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.backbones.masked import EMBEDDING, LevelEmbedding
 from ear_jax.nn.layers import Linear, layer_norm
-from ear_jax.nn.transformer import Transformer
+from ear_jax.nn.transformer import Transformer, Trunk
 from ear_jax.types import LevelSpec
 
 
@@ -33,34 +35,15 @@ class MarBackbone(nnx.Module):
 
     def __init__(
         self,
+        trunk: Trunk,
         *,
         levels: tuple[LevelSpec, ...],
         classes: int,
-        width: int,
-        depth: int,
         encoder_depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
         class_tokens: int = 64,
-        use_scan: bool = True,
-        use_remat: bool = False,
-        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        def transformer(depth: int) -> Transformer:
-            return Transformer(
-                width=width,
-                depth=depth,
-                heads=heads,
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                use_scan=use_scan,
-                use_remat=use_remat,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        width, dtype = trunk.width, trunk.dtype
         self.class_tokens = class_tokens
         self.class_embedding = nnx.Param(EMBEDDING(rngs.params(), (classes, width), jnp.float32))
         self.null_embedding = nnx.Param(EMBEDDING(rngs.params(), (width,), jnp.float32))
@@ -70,10 +53,10 @@ class MarBackbone(nnx.Module):
         self.inputs = nnx.List([LevelPlaces(level, width=width, dtype=dtype, rngs=rngs) for level in levels])
         # Its result is the encoder's residual stream, which stays float32.
         self.input_norm = layer_norm(width, dtype=jnp.float32, rngs=rngs)
-        self.encoder = transformer(encoder_depth)
+        self.encoder = Transformer(dataclasses.replace(trunk, depth=encoder_depth), rngs=rngs)
         self.encoder_norm = layer_norm(width, dtype=dtype, rngs=rngs)
         self.embed = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.decoder = transformer(depth)
+        self.decoder = Transformer(trunk, rngs=rngs)
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
 
     def __call__(

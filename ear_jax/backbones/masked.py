@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.layers import Linear, layer_norm
-from ear_jax.nn.transformer import Transformer
+from ear_jax.nn.transformer import Transformer, Trunk
 from ear_jax.types import LevelSpec
 
 EMBEDDING = nnx.initializers.normal(0.02)
@@ -56,37 +56,20 @@ class MaskedBackbone(nnx.Module):
 
     def __init__(
         self,
+        trunk: Trunk,
         *,
         levels: tuple[LevelSpec, ...],
         classes: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
         class_tokens: int = 64,
-        use_scan: bool = True,
-        use_remat: bool = False,
-        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        width, dtype = trunk.width, trunk.dtype
         self.class_tokens = class_tokens
-        self.dtype = dtype
         self.class_embedding = nnx.Param(EMBEDDING(rngs.params(), (classes, width), jnp.float32))
         self.null_embedding = nnx.Param(EMBEDDING(rngs.params(), (width,), jnp.float32))
         self.class_position = nnx.Param(EMBEDDING(rngs.params(), (class_tokens, width), jnp.float32))
         self.inputs = nnx.List([LevelInput(level, width=width, dtype=dtype, rngs=rngs) for level in levels])
-        self.transformer = Transformer(
-            width=width,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            use_scan=use_scan,
-            use_remat=use_remat,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.transformer = Transformer(trunk, rngs=rngs)
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -107,7 +90,7 @@ class MaskedBackbone(nnx.Module):
             labels_B: class ids; must be valid, gathers do not check.
             drop_label_B: images that see the null embedding instead of their class.
             rng: key for dropout; None switches dropout off.
-            most_visible: of no use here, as masked tokens stay in the sequence.
+            most_visible: a bound that MAR's backbone uses; here masked tokens stay in the sequence.
         """
         condition_BE = jnp.where(drop_label_B[:, None], self.null_embedding[...], self.class_embedding[...][labels_B])
         parts = [condition_BE[:, None] + self.class_position[...]]

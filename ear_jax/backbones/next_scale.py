@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.nn.attention import KeysValues
 from ear_jax.nn.layers import Linear, layer_norm
-from ear_jax.nn.transformer import ModulatedBlock, run_stack, stacked
+from ear_jax.nn.transformer import ModulatedBlock, Trunk, run_stack, stacked
 
 MODULATION_INIT = 0.5
 Initializer = jax.nn.initializers.Initializer
@@ -58,27 +57,19 @@ class NextScaleBackbone(nnx.Module):
 
     def __init__(
         self,
+        trunk: Trunk,
         *,
         scales: tuple[int, ...],
         input_channels: int,
         classes: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
         drop_path: float = 0.0,
         use_unit_attention: bool = True,
         use_shared_modulation: bool = False,
         gate_init: float = 1e-5,
-        use_scan: bool = True,
-        use_remat: bool = False,
-        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.scales, self.classes = scales, classes
-        self.depth, self.heads, self.drop_path = depth, heads, drop_path
-        self.use_scan, self.use_remat, self.dtype = use_scan, use_remat, dtype
+        width, depth, dtype = trunk.width, trunk.depth, trunk.dtype
+        self.trunk, self.scales, self.classes, self.drop_path = trunk, scales, classes, drop_path
         std = embedding_std(width)
         normal = nnx.initializers.normal(std)
 
@@ -97,14 +88,10 @@ class NextScaleBackbone(nnx.Module):
 
         def block(rngs: nnx.Rngs) -> ModulatedBlock:
             return ModulatedBlock(
-                width=width,
-                heads=heads,
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
+                trunk,
                 use_unit_length=use_unit_attention,
                 kernel_init=normal,
                 output_init=nnx.initializers.normal(std / math.sqrt(2 * depth)),
-                dtype=dtype,
                 rngs=rngs,
             )
 
@@ -155,13 +142,13 @@ class NextScaleBackbone(nnx.Module):
         # All blocks at once: in generation, ten passes would read a third of all weights again for the same result.
         graphdef, weights = nnx.split(self.modulation)
         _, blocks = jax.lax.scan(lambda _, own: (None, nnx.merge(graphdef, own)(inner_BE)), None, weights)
-        return Condition(embedding_BE, blocks.astype(jnp.float32).reshape(self.depth, B, 6, -1), final)
+        return Condition(embedding_BE, blocks.astype(jnp.float32).reshape(self.trunk.depth, B, 6, -1), final)
 
     def empty_cache(self, batch: int) -> Cache:
         """Return a cache for `batch` sequences, zeros in the dtype of products."""
         tokens, width = self.position[...].shape
-        shape = (self.depth, batch, tokens, self.heads, width // self.heads)
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        shape = (self.trunk.depth, batch, tokens, self.trunk.heads, width // self.trunk.heads)
+        return Cache(jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype))
 
     def extend(
         self, condition: Condition, inputs_BND: Float[Array, "B N D"] | None, k: int, cache: Cache
@@ -199,8 +186,9 @@ class NextScaleBackbone(nnx.Module):
         past: KeysValues | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        keys = None if rng is None else jax.random.split(rng, self.depth)
-        rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32) if self.drop_path else None
+        depth = self.trunk.depth
+        keys = None if rng is None else jax.random.split(rng, depth)
+        rates = np.linspace(0.0, self.drop_path, depth, dtype=np.float32) if self.drop_path else None
 
         def apply(block: ModulatedBlock, hidden: jax.Array, layer: tuple) -> tuple[jax.Array, KeysValues | None]:
             modulation, own_past, rate, key = layer
@@ -208,9 +196,7 @@ class NextScaleBackbone(nnx.Module):
             return hidden, None if past is None else now
 
         layers = (condition.blocks, past, rates, keys)
-        return run_stack(
-            self.blocks, apply, hidden_BNE, layers, depth=self.depth, use_scan=self.use_scan, use_remat=self.use_remat
-        )
+        return run_stack(self.blocks, apply, hidden_BNE, layers, trunk=self.trunk)
 
 
 def block_causal_mask(scales: tuple[int, ...]) -> Bool[np.ndarray, "L L"]:

@@ -7,15 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from ear_jax import build
 from ear_jax.bench import plausibility
 from ear_jax.check.checklist import Outcome
-from ear_jax.check.tiny import BATCH_SIZE, random_weights
-from ear_jax.config.derive import levels, stage_lengths
+from ear_jax.check.tiny import BATCH_SIZE, CLASSES, random_weights
+from ear_jax.config import kinds
+from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import SplitSource
+from ear_jax.heads.energy import EnergyHead
 from ear_jax.metrics import classifier
 from ear_jax.metrics.energy_score import energy_score
 from ear_jax.metrics.features import ClassifierFeatures
@@ -27,7 +30,7 @@ from ear_jax.metrics.score_types import ImageBatch, Reconstructions
 from ear_jax.metrics.statistics import statistics_of
 from ear_jax.training.optim import make_optimizer, resolve
 from ear_jax.training.step import create_state, make_train_step
-from ear_jax.types import TokenizerSpec
+from ear_jax.types import Group, TokenizerSpec, usual_group
 
 QUICK = {"xla_backend_optimization_level": 0}
 """XLA's optimisations are half of the time to compile, and what is compiled here runs a few times."""
@@ -48,13 +51,9 @@ def updates_tokenizer(config: Config, batch: Mapping[str, Any]) -> Outcome:
 
 def updates_generator(config: Config, spec: TokenizerSpec, batch: Mapping[str, Any]) -> Outcome:
     """Run an update of the generator on tokens: the weighted levels must sum to the loss."""
-    own = build.level_configs(config, spec)
-    weights = {level.name: plan.loss_weight for level, plan in zip(spec.levels, own, strict=True)}
-    if config.generator.backbone.name not in build.BACKBONES:
-        weights = {}
-    classes = config.data.shapes.classes
-    create: Callable[[Any], Any] = lambda keys: build.build_generator(config, spec, classes, rngs=keys)  # noqa: E731
-    return _updates(create, config.generator_training, batch, weights, build.undecayed(config))
+    create: Callable[[Any], Any] = lambda keys: build.build_generator(config, spec, CLASSES, rngs=keys)  # noqa: E731
+    generator = build.abstract_generator(config, spec, CLASSES)
+    return _updates(create, config.generator_training, batch, generator.loss_weights, generator.group)
 
 
 def _updates(
@@ -62,11 +61,11 @@ def _updates(
     training: TrainingConfig,
     batch: Mapping[str, Any],
     weights: Mapping[str, float],
-    undecayed: tuple[str, ...] = (),
+    group: Callable[[str], Group] = usual_group,
 ) -> Outcome:
     static, parameters, rest = random_weights(create)
-    recipe = resolve(training, stage_lengths(training, BATCH_SIZE), undecayed=undecayed)
-    optimizer = make_optimizer(recipe)
+    recipe = resolve(training, stage_lengths(training, BATCH_SIZE))
+    optimizer = make_optimizer(recipe, group)
     options = QUICK if jax.default_backend() == "cpu" else None
     step = jax.jit(make_train_step(static, optimizer, recipe), compiler_options=options)
     before = create_state(parameters, rest, optimizer)
@@ -94,10 +93,10 @@ def _updates(
 
 def scores_energy_without_bias(config: Config) -> Outcome:
     """Compare the head's training loss with few draws with the energy score of all of them."""
-    level = levels(config)[-1]
-    generator = config.generator
-    is_used = generator.backbone.name in build.BACKBONES and generator.continuous_head == "energy"
-    if level.kind != "continuous" or not is_used:
+    spec = build.abstract_tokenizer(config).spec
+    level, generator = kinds.levels(config)[-1], config.generator
+    module = build.abstract_generator(config, spec, CLASSES)
+    if not any(isinstance(part, EnergyHead) for _, part in nnx.iter_modules(module)):
         return Outcome("no energy head in this configuration")
     stream, seen, faults = np.random.default_rng(0), [], []
     width, alpha = generator.backbone.width, generator.energy.alpha

@@ -26,7 +26,7 @@ class ModelChecks:
     def __init__(self, model: Pipeline, *, is_trained: bool = True) -> None:
         """Take the model's own way of sampling; the scale of tokens is looked at where the model is trained."""
         self.model, self.is_trained = model, is_trained
-        self.stages = PipelineStages(model, model.config.sample, model.steps_of_levels())
+        self.stages = PipelineStages(model)
         classes = len(model.class_names)
         self.labels = np.unique(np.linspace(0, classes - 1, MOST_LABELS).astype(np.int32))
         self.mixed = np.resize(self.labels, IMAGES)
@@ -56,9 +56,8 @@ class ModelChecks:
             if (first / name).read_bytes() != (second / name).read_bytes()
         ]
         size = sum((first / name).stat().st_size for name in files)
-        if model.generator is not None:
-            again = PipelineStages(loaded, loaded.config.sample, loaded.steps_of_levels())
-            if again.sample(self.mixed).tobytes() != self.stages.sample(self.mixed).tobytes():
+        if model.has_generator:
+            if PipelineStages(loaded).sample(self.mixed).tobytes() != self.stages.sample(self.mixed).tobytes():
                 faults.append("the loaded model draws other images from the same labels and seed.")
         return Outcome(f"{sum(map(len, tensors.values()))} arrays, {size / 2**20:.1f} MiB, samples", faults)
 

@@ -88,44 +88,6 @@ def tokenizer_levels(config: Config) -> tuple[LevelSpec, ...]:
     return tuple(sizes)
 
 
-def levels(config: Config) -> tuple[LevelSpec, ...]:
-    """Return the levels the generator draws: continuous tokens are patches of patch_size² latent pixels."""
-    return tuple(generator_level(level, config.generator.patch_size) for level in tokenizer_levels(config))
-
-
-def generator_level(level: LevelSpec, patch_size: int) -> LevelSpec:
-    """Return a level as the generator sees it: continuous ones joined into patches."""
-    if level.kind == "discrete":
-        return level
-    return LevelSpec(level.name, level.grid // patch_size, "continuous", level.size * patch_size**2)
-
-
-def steps_limit(config: Config, level: LevelSpec) -> int:
-    """Return the largest sensible number of backbone passes for a level as the generator sees it."""
-    if config.generator.backbone.name == "dit":
-        return config.generator.diffusion.train_steps
-    return 1 if config.generator.backbone.name == "next_scale" else level.tokens
-
-
-def level_steps(config: Config, coarse_steps: int = 0, fine_steps: int = 0) -> tuple[int, ...]:
-    """Return backbone passes a level, coarsest first: the given numbers, or where they are 0 the generator's own.
-
-    A discrete level of fewer tokens, such as the first scales of a VQVAE, takes a pass a token.
-    """
-    generator = config.generator
-    if generator.backbone.name == "next_scale":
-        return (1,) * len(tokenizer_levels(config))
-    discrete, continuous = coarse_steps or generator.coarse.steps, fine_steps or generator.fine.steps
-    return tuple(
-        min(discrete, level.tokens) if level.kind == "discrete" else continuous for level in tokenizer_levels(config)
-    )
-
-
-def tokens_per_level(config: Config) -> dict[str, int]:
-    """Return the number of tokens of each level by its name."""
-    return {level.name: level.tokens for level in levels(config)}
-
-
 def peak_learning_rate(training: TrainingConfig) -> float:
     """Return the learning rate after warm-up: scaled linearly with the batch size where a reference is given."""
     if not training.reference_batch_size:

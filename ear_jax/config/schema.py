@@ -1,11 +1,15 @@
 """The whole configuration as frozen dataclasses: every key, its type, its range, its meaning.
 
 No jax here: a configuration error must stop a run before anything heavy is imported. How a config file
-becomes these objects is `strict.py`; what one key implies for another is `validate.py`.
+becomes these objects is `read.py`; what one key implies for another is `validate.py`.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
+
+KINDS: dict[str, Any] = {}
+"""Kinds of generator by the name that chooses one; `kinds.py` fills the table."""
 
 
 def key(
@@ -14,11 +18,15 @@ def key(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     above: float | None = None,
     below: float | None = None,
+    affects_result: bool = True,
 ) -> Any:
-    """Declare one config key: default, meaning and range (`low`, `high` inclusive, `above`, `below` exclusive)."""
+    """Declare one config key: default, meaning and range (`low`, `high` inclusive, `above`, `below` exclusive).
+
+    Without `affects_result` it only changes how a stage is run or watched: a stage goes on when it has changed.
+    """
     metadata = {
         "help": help,
         "low": low,
@@ -26,6 +34,7 @@ def key(
         "above": above,
         "below": below,
         "choices": choices,
+        "affects_result": affects_result,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -64,10 +73,14 @@ class DataConfig:
     alpha_background: int = key(255, "grey level that transparent pixels are composited onto", low=0, high=255)
     min_side_px: int = key(2, "images with a shorter side are quarantined", low=1)
     max_pixels: int = key(64_000_000, "images with more pixels are quarantined unread", low=1)
-    max_bad_fraction: float = key(0.01, "fraction of damaged files above which the run fails", low=0.0, high=1.0)
-    decode_threads: int = key(4, "threads that read and decode", low=1, high=256)
-    prefetch_batches: int = key(4, "batches prepared ahead", low=1, high=64)
-    cache_mib: int = key(512, "decoded images are kept in memory when they all fit into this; 0 = never", low=0)
+    max_bad_fraction: float = key(
+        0.01, "fraction of damaged files above which the run fails", low=0.0, high=1.0, affects_result=False
+    )
+    decode_threads: int = key(4, "threads that read and decode", low=1, high=256, affects_result=False)
+    prefetch_batches: int = key(4, "batches prepared ahead", low=1, high=64, affects_result=False)
+    cache_mib: int = key(
+        512, "decoded images are kept in memory when they all fit into this; 0 = never", low=0, affects_result=False
+    )
     shapes: ShapesConfig = group(ShapesConfig)
 
 
@@ -189,7 +202,7 @@ class TokenizerConfig:
 class LevelConfig:
     """How one level of the image is masked in training and drawn in sampling."""
 
-    steps: int = key(1, "backbone passes that draw this level", low=1, high=4096)
+    steps: int = key(1, "backbone passes that draw this level", low=1, high=4096, affects_result=False)
     mask_ratio: str = key(
         "truncated_normal",
         "distribution of the masked fraction in training",
@@ -208,7 +221,7 @@ class BackboneConfig:
     name: str = key(
         "masked",
         "masked (EAR, Lite-Hybrid) | mar (encoder and decoder) | next_scale (VAR) | dit (diffusion of the whole map)",
-        choices=("masked", "mar", "next_scale", "dit"),
+        choices=KINDS,
     )
     width: int = key(768, "channels of the residual stream", low=8)
     depth: int = key(24, "transformer blocks; those of the decoder in mar", low=1)
@@ -223,8 +236,8 @@ class BackboneConfig:
     gate_init: float = key(1e-3, "next_scale: initial scale of the gates of attention and MLP", above=0.0)
     use_unit_attention: bool = key(True, "next_scale: unit-length queries and keys with a learned scale a head")
     use_shared_modulation: bool = key(False, "next_scale: one modulation for all blocks, with an offset a block")
-    use_scan: bool = key(True, "run the blocks by lax.scan (compile time flat in depth)")
-    use_remat: bool = key(False, "recompute activations in the backward pass")
+    use_scan: bool = key(True, "run the blocks by lax.scan (compile time flat in depth)", affects_result=False)
+    use_remat: bool = key(False, "recompute activations in the backward pass", affects_result=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,11 +321,11 @@ class TrainingConfig:
     final_phase_train_temperature: float = key(0.99, "tau_train of the last phase", above=0.0)
     ema_decay: float = key(0.9999, "decay of the averaged weights", low=0.0, below=1.0)
     compute_dtype: str = key("bfloat16", "dtype of matmuls; parameters stay float32", choices=("float32", "bfloat16"))
-    max_nonfinite_in_a_row: int = key(10, "skipped updates in a row that stop the run", low=1)
-    log_every_steps: int = key(50, "steps between log lines", low=1)
-    grid_every_steps: int = key(0, "steps between picture grids; 0 = only at the end", low=0)
-    checkpoint_every_steps: int = key(1000, "steps between checkpoints", low=1)
-    keep_checkpoints: int = key(2, "checkpoints kept", low=1)
+    max_nonfinite_in_a_row: int = key(10, "skipped updates in a row that stop the run", low=1, affects_result=False)
+    log_every_steps: int = key(50, "steps between log lines", low=1, affects_result=False)
+    grid_every_steps: int = key(0, "steps between picture grids; 0 = only at the end", low=0, affects_result=False)
+    checkpoint_every_steps: int = key(1000, "steps between checkpoints", low=1, affects_result=False)
+    keep_checkpoints: int = key(2, "checkpoints kept", low=1, affects_result=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +400,7 @@ class StatsConfig:
 class LatentsConfig:
     """The cache of tokens that the generator trains on."""
 
-    batch_size: int = key(256, "images encoded at a time", low=1)
+    batch_size: int = key(256, "images encoded at a time", low=1, affects_result=False)
     dtype: str = key("float16", "stored dtype of continuous tokens", choices=("float16", "float32"))
     source: str = key("", "latents:PATH reads an existing cache; empty = WORKDIR/latents")
 

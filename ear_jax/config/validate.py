@@ -8,17 +8,10 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from ear_jax.config import derive
+from ear_jax.config import derive, kinds
+from ear_jax.config.kinds import Fault
 from ear_jax.config.schema import SAMPLE_METRICS, Config, TrainingConfig
 from ear_jax.config.suggest import closest
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One contradiction: what is wrong and what to do, and the dotted paths it rests on."""
-
-    text: str
-    paths: tuple[str, ...]
 
 
 def cross_faults(config: Config) -> list[Fault]:
@@ -236,12 +229,19 @@ def _generator(config: Config) -> Iterator[Fault]:
             grid_paths,
         )
         return
-    yield from _family(config)
+    kind = kinds.kind_of(config)
+    yield from kind.faults(config)
+    steps, trained = config.generator.diffusion.sample_steps, config.generator.diffusion.train_steps
+    if steps > trained:
+        yield Fault(
+            f"config.generator.diffusion.sample_steps={steps} is more than train_steps={trained}.",
+            ("generator.diffusion.sample_steps", "generator.diffusion.train_steps"),
+        )
     level_paths = (*grid_paths, "tokenizer.coarse.grids", "tokenizer.name", "generator.backbone.name")
     grids = derive.coarse_grids(config)
     wanted = []
     if derive.has_continuous(config):
-        fine = derive.steps_limit(config, derive.levels(config)[-1])
+        fine = kind.most_steps(config, kind.levels(config)[-1])
         wanted += [
             ("generator.fine.steps", config.generator.fine.steps, fine),
             ("sample.fine_steps", config.sample.fine_steps, fine),
@@ -252,11 +252,10 @@ def _generator(config: Config) -> Iterator[Fault]:
             ("generator.coarse.steps", config.generator.coarse.steps, coarse),
             ("sample.coarse_steps", config.sample.coarse_steps, coarse),
         ]
-    what = "diffusion steps" if backbone.name == "dit" else "tokens"
     for path, steps, limit in wanted:
         if steps > max(limit, 1):
             yield Fault(
-                f"config.{path}={steps} is more than the level's {limit} {what}; use at most {limit}.",
+                f"config.{path}={steps} is more than the level's {limit} {kind.steps_of}; use at most {limit}.",
                 (path, *level_paths),
             )
     for level in ("coarse", "fine"):
@@ -264,37 +263,6 @@ def _generator(config: Config) -> Iterator[Fault]:
         if plan.mask_ratio == "truncated_normal" and plan.mask_ratio_low >= 1:
             path = f"generator.{level}.mask_ratio_low"
             yield Fault(f"config.{path}={plan.mask_ratio_low} leaves nothing to draw from; use less than 1.", (path,))
-
-
-def _family(config: Config) -> Iterator[Fault]:
-    """Backbones that need levels of a certain kind."""
-    backbone, tokenizer = config.generator.backbone.name, config.tokenizer.name
-    paths = ("generator.backbone.name", "tokenizer.name")
-    if backbone == "next_scale" and tokenizer != "vqvae":
-        yield Fault(
-            "config.generator.backbone.name=next_scale draws the scales of config.tokenizer.name=vqvae, "
-            f"not {tokenizer}.",
-            paths,
-        )
-    if backbone in ("dit", "mar") and tokenizer not in ("lite_vae", "kl_vae"):
-        yield Fault(
-            f"config.generator.backbone.name={backbone} models one continuous level; config.tokenizer.name={tokenizer} "
-            "has others; use kl_vae or lite_vae.",
-            paths,
-        )
-    diffusion, passes = config.generator.diffusion, config.sample.fine_steps or config.generator.fine.steps
-    if backbone == "dit" and diffusion.sampler == "ddim" and not _has_stride(passes, diffusion.train_steps):
-        yield Fault(
-            f"{passes} ddim steps have no whole stride through {diffusion.train_steps} trained ones; use a divisor "
-            "such as 50, 100 or 250, or config.generator.diffusion.sampler=ddpm.",
-            ("generator.fine.steps", "sample.fine_steps", "generator.diffusion.sampler"),
-        )
-    steps, trained = config.generator.diffusion.sample_steps, config.generator.diffusion.train_steps
-    if steps > trained:
-        yield Fault(
-            f"config.generator.diffusion.sample_steps={steps} is more than train_steps={trained}.",
-            ("generator.diffusion.sample_steps", "generator.diffusion.train_steps"),
-        )
 
 
 def _training(group: str, training: TrainingConfig) -> Iterator[Fault]:
@@ -370,10 +338,6 @@ def _mesh(config: Config) -> Iterator[Fault]:
             )
     if list(sides.values()).count(-1) > 1:
         yield Fault("config.mesh: only one of data, fsdp and tensor can be -1 (all that are left).", paths)
-
-
-def _has_stride(steps: int, trained: int) -> bool:
-    return any(len(range(0, trained, stride)) == steps for stride in range(1, trained + 1))
 
 
 def _increase(grids: tuple[int, ...]) -> bool:

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ear_jax.backbones.dit import DiT
+from ear_jax.config.kinds import patched
+from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
-from ear_jax.generators.masked import patchify, unpatchify
-from ear_jax.generators.masked_sampler import SamplingPlan
+from ear_jax.generators.kind import trunk_of
 from ear_jax.nn import diffusion
-from ear_jax.types import Batch, LevelSpec, Metrics, Posterior, Tokens
+from ear_jax.nn.patches import patchify, unpatchify
+from ear_jax.sampling import Sampling
+from ear_jax.types import Batch, Group, LevelSpec, Metrics, Posterior, TokenizerSpec, Tokens, usual_group
 
 
 class DiffusionGenerator(nnx.Module):
@@ -26,6 +31,8 @@ class DiffusionGenerator(nnx.Module):
     Raises:
         ValueError: the level is discrete or has fewer channels than are guided, or the sampler is unknown.
     """
+
+    frozen: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -55,6 +62,15 @@ class DiffusionGenerator(nnx.Module):
         self.sampler = sampler
         self.guided_size = (guided_channels or channels) * patch_size**2
 
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """The one level's loss is the whole."""
+        return {self.levels[0].name: 1.0}
+
+    def group(self, name: str) -> Group:
+        """Return the usual group."""
+        return usual_group(name)
+
     def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
         """Turn tokenizer tokens into the generator's level: patches."""
         return tuple(patchify(level, self.patch_size) for level in tokens.levels)
@@ -71,8 +87,7 @@ class DiffusionGenerator(nnx.Module):
         Tokens are drawn afresh from their posterior at each visit; labels are dropped with probability `label_drop`.
         """
         token_rng, drop_rng, step_rng, noise_rng, backbone_rng = jax.random.split(rng, 5)
-        posterior = Posterior((), jnp.asarray(batch["mean"], jnp.float32), jnp.asarray(batch["std"], jnp.float32))
-        (clean_BND,) = self.to_levels(posterior.sample(token_rng))
+        (clean_BND,) = self.to_levels(Posterior.from_batch(batch).sample(token_rng))
         labels_B = jnp.asarray(batch["label"], jnp.int32)
         drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
         steps_B = jax.random.randint(step_rng, labels_B.shape, 0, self.train_steps)
@@ -101,33 +116,14 @@ class DiffusionGenerator(nnx.Module):
         """Return the process that `steps` sampling steps follow; DDIM's run at a whole stride."""
         return diffusion.respace(self.schedule, self.train_steps, steps, use_integer_stride=self.sampler == "ddim")
 
-
-def sample_diffusion(
-    generator: DiffusionGenerator,
-    labels_B: Int[Array, "B"],
-    keys_B: jax.Array,
-    plan: SamplingPlan,
-    *,
-    guidance_scale: jax.Array | float,
-    temperature: jax.Array | float,
-    coarse_temperature: jax.Array | float,
-) -> tuple[jax.Array, ...]:
-    """Draw the level of a batch of images.
-
-    Args:
-        generator: backbone and process.
-        labels_B: class ids.
-        keys_B: one key an image, which depends on no other.
-        plan: `steps[0]` denoising steps, and whether guidance runs (twice the backbone's work).
-        guidance_scale: see `sampling.guidance`; ignored without `plan.use_guidance`.
-        temperature: scales the noise of each DDPM step; 1 in the published system.
-        coarse_temperature: of no use, there is no discrete level.
-    """
-    (level,) = generator.levels
-    noise_at = diffusion.keyed_noise(keys_B, (level.tokens, level.size))
-    start_BND = noise_at(plan.steps[0])
-    denoise = denoiser(generator, labels_B, plan, guidance_scale)
-    return (denoise_level(generator, denoise, start_BND, noise_at, plan, temperature=temperature),)
+    def draw(
+        self, context: tuple[jax.Array, ...], labels_B: Int[Array, "B"], keys_B: jax.Array, sampling: Sampling
+    ) -> tuple[jax.Array, ...]:
+        """Draw the level from noise in `steps[0]` denoising steps; `temperature` scales the noise of each DDPM step."""
+        (level,) = self.levels
+        noise_at = diffusion.keyed_noise(keys_B, (level.tokens, level.size))
+        denoise = denoiser(self, labels_B, sampling)
+        return (denoise_level(self, denoise, noise_at(sampling.steps[0]), noise_at, sampling),)
 
 
 def denoise_level(
@@ -135,35 +131,51 @@ def denoise_level(
     denoise: Callable[[jax.Array, jax.Array], jax.Array],
     start_BND: Float[Array, "B N D"],
     noise_at: Callable[[jax.Array], jax.Array],
-    plan: SamplingPlan,
-    *,
-    temperature: jax.Array | float = 1.0,
+    sampling: Sampling,
 ) -> Float[Array, "B N D"]:
     """Run the generator's sampler from given noise; see `nn.gaussian_diffusion.reverse`."""
-    process = generator.process(plan.steps[0])
-    return diffusion.reverse(process, denoise, start_BND, noise_at, sampler=generator.sampler, temperature=temperature)
+    process, options = generator.process(sampling.steps[0]), {"temperature": sampling.temperature}
+    return diffusion.reverse(process, denoise, start_BND, noise_at, sampler=generator.sampler, **options)
 
 
 def denoiser(
-    generator: DiffusionGenerator, labels_B: Int[Array, "B"], plan: SamplingPlan, guidance_scale: jax.Array | float
+    generator: DiffusionGenerator, labels_B: Int[Array, "B"], sampling: Sampling
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return (noisy tokens, step of the plan's process) -> [noise | variance], guided if the plan says so.
+    """Return (noisy tokens, step of the process) -> [noise | variance], guided where there is a scale.
 
     With the schedule `linear` guidance grows from almost none at the noisiest step; `constant` is the published one.
     """
-    process, B = generator.process(plan.steps[0]), labels_B.shape[0]
+    process, B = generator.process(sampling.steps[0]), labels_B.shape[0]
     trained_steps = jnp.asarray(process.trained_steps)
     remaining = np.arange(len(process))  # at step t there are t more to go
-    shares = jnp.asarray(guidance.growth(remaining, len(process), plan.guidance_schedule))
+    shares = jnp.asarray(guidance.growth(remaining, len(process), sampling.guidance_schedule))
 
     def denoise(noisy_BND: jax.Array, step: jax.Array) -> jax.Array:
-        branches = 2 if plan.use_guidance else 1
+        branches = 2 if sampling.is_guided else 1
         twice = lambda value: jnp.concatenate([value] * branches)  # noqa: E731
         steps = jnp.full((branches * B,), trained_steps[step])
         output = generator.backbone(twice(noisy_BND), steps, twice(labels_B), jnp.arange(branches * B) >= B)
-        if not plan.use_guidance:
+        if not sampling.is_guided:
             return output
-        scale = 1.0 + (guidance_scale - 1.0) * shares[step]
+        scale = guidance.at_step(sampling.guidance_scale, shares[step])
         return diffusion.guided(output[:B], output[B:], scale, generator.guided_size)
 
     return denoise
+
+
+def make_diffusion(
+    config: Config, spec: TokenizerSpec, classes: int, dtype: DTypeLike, rngs: nnx.Rngs
+) -> DiffusionGenerator:
+    """Make DiT's generator for the continuous level of a tokenizer."""
+    generator, own = config.generator, config.generator.diffusion
+    (level,) = patched(spec.levels[-1:], generator.patch_size)
+    return DiffusionGenerator(
+        backbone=DiT(trunk_of(generator.backbone, dtype), level=level, classes=classes, rngs=rngs),
+        level=level,
+        patch_size=generator.patch_size,
+        label_drop=generator.label_drop,
+        train_steps=own.train_steps,
+        schedule=own.schedule,
+        sampler=own.sampler,
+        guided_channels=own.guided_channels,
+    )

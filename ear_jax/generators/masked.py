@@ -1,4 +1,4 @@
-"""The generator: a backbone, one head a level, and what is hidden from them in training."""
+"""The masked family (EAR, MAR, Lite-Hybrid): a backbone, one head a level, and what is hidden from them in training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ear_jax.generators.masking import least_masked, mask_first, random_ranks, training_counts
-from ear_jax.types import Batch, Head, LevelSpec, Metrics, Posterior, Tokens, discrete_levels
+from ear_jax.generators import guidance
+from ear_jax.generators.kind import level_keys
+from ear_jax.generators.masked_sampler import fill_level, most_drawn
+from ear_jax.generators.masking import least_masked, mask_first, masked_after_steps, random_ranks, training_counts
+from ear_jax.nn.patches import patchify, unpatchify
+from ear_jax.sampling import Sampling
+from ear_jax.types import Batch, Group, Head, LevelSpec, Metrics, Posterior, Tokens, usual_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,31 +35,16 @@ class LevelPlan:
         return self.spec.tokens - least_masked(self.spec.tokens, self.mask_ratio, self.mask_ratio_low)
 
 
-def patchify(tokens_BND: Float[Array, "B N D"], patch_size: int) -> Float[Array, "B n d"]:
-    """Join each patch_size x patch_size square of a row-major grid into one token, channels major (c, p, q)."""
-    if patch_size == 1:
-        return tokens_BND
-    B, N, D = tokens_BND.shape
-    side = round(N**0.5) // patch_size
-    squares = tokens_BND.reshape(B, side, patch_size, side, patch_size, D)
-    return squares.transpose(0, 1, 3, 5, 2, 4).reshape(B, side * side, D * patch_size**2)
-
-
-def unpatchify(patches_Bnd: Float[Array, "B n d"], patch_size: int) -> Float[Array, "B N D"]:
-    """Undo `patchify`."""
-    if patch_size == 1:
-        return patches_Bnd
-    B, n, d = patches_Bnd.shape
-    side = round(n**0.5)
-    squares = patches_Bnd.reshape(B, side, side, d // patch_size**2, patch_size, patch_size)
-    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(B, n * patch_size**2, d // patch_size**2)
-
-
-class Generator(nnx.Module):
+class MaskedGenerator(nnx.Module):
     """Models an image level by level: level l is learned with the true earlier levels in view.
 
     Every image trains every level at each step; a pass for level l runs over levels 0 … l only.
+
+    Raises:
+        ValueError: a head draws another kind of token than its level has.
     """
+
+    frozen: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -75,6 +65,20 @@ class Generator(nnx.Module):
         self.patch_size = patch_size
         self.label_drop = label_drop
 
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """The weight of each level's loss."""
+        return {plan.spec.name: plan.loss_weight for plan in self.plans}
+
+    def group(self, name: str) -> Group:
+        """Return the group of EAR's recipe: the heads' matrices have a rate of their own and no decay.
+
+        Class embedding, mask token and positions decay like matrices.
+        """
+        if name.startswith("heads/") and name.endswith("/kernel"):
+            return Group(decays=False, is_head=True)
+        return usual_group(name)
+
     def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
         """Turn tokenizer tokens into generator levels: continuous ones are patchified."""
         return tuple(patchify(level, self.patch_size) if level.ndim == 3 else level for level in tokens.levels)
@@ -92,7 +96,7 @@ class Generator(nnx.Module):
         `label_drop`, one draw an image for all its levels.
         """
         token_rng, drop_rng, level_rng = jax.random.split(rng, 3)
-        levels = self.to_levels(_posterior(batch).sample(token_rng))
+        levels = self.to_levels(Posterior.from_batch(batch).sample(token_rng))
         labels_B = jnp.asarray(batch["label"], jnp.int32)
         drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
         total, metrics = jnp.float32(0.0), {}
@@ -118,7 +122,25 @@ class Generator(nnx.Module):
             metrics |= {f"{name}/{plan.spec.name}": value for name, value in level_metrics.items()}
         return total, metrics
 
-
-def _posterior(batch: Batch) -> Posterior:
-    discrete = tuple(jnp.asarray(ids, jnp.int32) for ids in discrete_levels(batch))
-    return Posterior(discrete, jnp.asarray(batch["mean"], jnp.float32), jnp.asarray(batch["std"], jnp.float32))
+    def draw(
+        self, context: tuple[jax.Array, ...], labels_B: Int[Array, "B"], keys_B: jax.Array, sampling: Sampling
+    ) -> tuple[jax.Array, ...]:
+        """Draw the one level that follows `context`, in a random order as MAR does."""
+        number = len(context)
+        spec, keys_B = self.levels[number], level_keys(keys_B, number)
+        table = masked_after_steps(spec.tokens, sampling.steps[number])
+        level = fill_level(
+            self.backbone,
+            self.heads[number],
+            spec,
+            context,
+            labels_B,
+            keys_B,
+            random_ranks(level_keys(keys_B, 0), spec.tokens),
+            jnp.asarray(table),
+            jnp.asarray(guidance.growth(table, spec.tokens, sampling.guidance_schedule)),
+            guidance_scale=sampling.guidance_scale,
+            temperature=sampling.coarse_temperature if spec.kind == "discrete" else sampling.temperature,
+            most_drawn=most_drawn(table, spec.tokens),
+        )
+        return (level,)

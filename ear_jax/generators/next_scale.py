@@ -1,4 +1,4 @@
-"""Sampling scale by scale with cached keys and values: one pass a scale, all of it one compiled program."""
+"""VAR's kind (arXiv 2404.02905): a block-causal backbone, a head over the codes, and the tokenizer's quantiser."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ear_jax.backbones.next_scale import NextScaleBackbone, embedding_std
+from ear_jax.config.schema import Config
+from ear_jax.errors import ConfigError
 from ear_jax.generators import guidance
 from ear_jax.generators.guidance import filter_logits
-from ear_jax.generators.masked_sampler import SamplingPlan
-from ear_jax.types import Batch, Head, LevelSpec, Metrics, Tokens, discrete_levels
+from ear_jax.generators.kind import level_keys, trunk_of
+from ear_jax.heads.softmax import SoftmaxHead
+from ear_jax.sampling import SCHEDULES, Sampling
+from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
+from ear_jax.types import Batch, Group, Head, LevelSpec, Metrics, Posterior, TokenizerSpec, Tokens, usual_group
 
 
 class FrozenVariable(nnx.Variable):
@@ -46,6 +53,18 @@ class ScalePyramid(Protocol):
         ...
 
 
+UNDECAYED = (
+    "query_bias",
+    "value_bias",
+    "log_scale",
+    "position",
+    "start_position",
+    "level_embedding",
+    "modulation_offset",
+)
+"""Names (last part of the path) of parameters without weight decay, besides biases and norms."""
+
+
 class NextScaleGenerator(nnx.Module):
     """Models the ids of every scale given the coarser ones and a class; each scale is drawn in one pass.
 
@@ -56,16 +75,7 @@ class NextScaleGenerator(nnx.Module):
             quantiser could be trained.
     """
 
-    undecayed = (
-        "query_bias",
-        "value_bias",
-        "log_scale",
-        "position",
-        "start_position",
-        "level_embedding",
-        "modulation_offset",
-    )
-    """Names (last part of the path) of parameters without weight decay, besides biases and norms."""
+    frozen = ("quantiser/",)
 
     def __init__(
         self,
@@ -90,6 +100,16 @@ class NextScaleGenerator(nnx.Module):
         self.levels = levels
         self.label_drop = label_drop
 
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Each scale's share of the tokens."""
+        total = sum(level.tokens for level in self.levels)
+        return {level.name: level.tokens / total for level in self.levels}
+
+    def group(self, name: str) -> Group:
+        """Return VAR's group: positions, scales of attention and modulation offsets do not decay, the head does."""
+        return usual_group(name, *UNDECAYED)
+
     def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
         """Return the ids of each scale: tokenizer and generator see the same levels."""
         return tokens.levels
@@ -107,7 +127,7 @@ class NextScaleGenerator(nnx.Module):
         `label_drop`.
         """
         drop_rng, backbone_rng, head_rng = jax.random.split(rng, 3)
-        ids = tuple(jnp.asarray(level, jnp.int32) for level in discrete_levels(batch))
+        ids = Posterior.from_batch(batch).discrete
         labels_B = jnp.asarray(batch["label"], jnp.int32)
         drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
         hidden_BLE = self.backbone(self.quantiser.inputs_of(ids), labels_B, drop_B, backbone_rng)
@@ -123,60 +143,38 @@ class NextScaleGenerator(nnx.Module):
             start += level.tokens
         return total, metrics
 
-
-def sample_scales(
-    generator: NextScaleGenerator,
-    labels_B: Int[Array, "B"],
-    keys_B: jax.Array,
-    plan: SamplingPlan,
-    *,
-    guidance_scale: jax.Array | float,
-    temperature: jax.Array | float = 1.0,
-    coarse_temperature: jax.Array | float = 1.0,
-) -> tuple[Int[Array, "B _"], ...]:
-    """Draw the ids of every scale of a batch of images; see `draw_scales`. `temperature` is for continuous levels."""
-    ids, _ = draw_scales(
-        generator, labels_B, keys_B, plan, guidance_scale=guidance_scale, coarse_temperature=coarse_temperature
-    )
-    return ids
+    def draw(
+        self, context: tuple[jax.Array, ...], labels_B: Int[Array, "B"], keys_B: jax.Array, sampling: Sampling
+    ) -> tuple[jax.Array, ...]:
+        """Draw all scales in one piece; raises ValueError for a context, whose keys and values are not here."""
+        if context:
+            raise ValueError("scales are drawn from the first on, in one piece; give no context")
+        return draw_scales(self, labels_B, keys_B, sampling)[0]
 
 
 def draw_scales(
-    generator: NextScaleGenerator,
-    labels_B: Int[Array, "B"],
-    keys_B: jax.Array,
-    plan: SamplingPlan,
-    *,
-    guidance_scale: jax.Array | float,
-    coarse_temperature: jax.Array | float,
+    generator: NextScaleGenerator, labels_B: Int[Array, "B"], keys_B: jax.Array, sampling: Sampling
 ) -> tuple[tuple[Int[Array, "B _"], ...], tuple[Float[Array, "B _ V"], ...]]:
     """Draw the ids of every scale; return them with the logits they were drawn from, guided but not yet filtered.
 
-    Args:
-        generator: backbone, head and quantiser.
-        labels_B: class ids.
-        keys_B: one key an image.
-        plan: whether guidance runs (twice the backbone's work), its schedule, top_k and top_p; its steps do not
-            matter, as each scale is one pass.
-        guidance_scale: see `sampling.guidance`; VAR's published t is s = 1 + t. Ignored without `plan.use_guidance`.
-        coarse_temperature: softmax temperature; 0 takes the most likely codes. The filters act before it.
+    Keys and values are cached: one pass a scale. Guidance grows with the scale (`growth`); VAR's published t is the
+    scale s = 1 + t. The filters act before the temperature.
     """
     backbone, quantiser, B = generator.backbone, generator.quantiser, labels_B.shape[0]
-    branches = 2 if plan.use_guidance else 1
+    branches = 2 if sampling.is_guided else 1
     condition = backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
     cache = backbone.empty_cache(branches * B)
-    shares = growth(len(generator.levels), plan.guidance_schedule).tolist()
+    shares = growth(len(generator.levels), sampling.guidance_schedule).tolist()
     inputs, f_hat = None, jnp.float32(0.0)
     ids: list[jax.Array] = []
     drawn_from: list[jax.Array] = []
     for k in range(len(generator.levels)):
         hidden, cache = backbone.extend(condition, inputs, k, cache)
         logits = generator.head.predict(hidden)
-        if plan.use_guidance:
-            logits = guidance.mix(logits[:B], logits[B:], 1.0 + (guidance_scale - 1.0) * shares[k])
-        own_keys_B = jax.vmap(lambda key, scale=k: jax.random.fold_in(key, scale))(keys_B)
-        allowed = filter_logits(logits, top_k=plan.top_k, top_p=plan.top_p)
-        ids.append(generator.head.sample(allowed, own_keys_B, coarse_temperature))
+        if sampling.is_guided:
+            logits = guidance.mix(logits[:B], logits[B:], guidance.at_step(sampling.guidance_scale, shares[k]))
+        allowed = filter_logits(logits, top_k=sampling.top_k, top_p=sampling.top_p)
+        ids.append(generator.head.sample(allowed, level_keys(keys_B, k), sampling.coarse_temperature))
         drawn_from.append(logits)
         if k < len(generator.levels) - 1:
             f_hat = f_hat + quantiser.embed_scale(ids[-1], k)
@@ -197,4 +195,44 @@ def growth(scales: int, schedule: str) -> Float[np.ndarray, " K"]:
         return np.ones(scales, np.float32)
     if schedule == "linear":
         return (np.arange(scales) / (scales - 1)).astype(np.float32)
-    raise ValueError(f"guidance schedule {schedule!r} is unknown; known: {', '.join(guidance.SCHEDULES)}")
+    raise ValueError(f"guidance schedule {schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
+
+
+def make_next_scale(
+    config: Config, spec: TokenizerSpec, classes: int, dtype: DTypeLike, rngs: nnx.Rngs
+) -> NextScaleGenerator:
+    """Make VAR's generator for the scales of a tokenizer; raises ConfigError for a continuous level among them."""
+    generator, tokenizer, own = config.generator, config.tokenizer.vqvae, config.generator.backbone
+    if any(level.kind != "discrete" for level in spec.levels):
+        raise ConfigError("a next_scale generator of HART's continuous residual is not part of this library yet.")
+    scales = tuple(level.grid for level in spec.levels)
+    backbone = NextScaleBackbone(
+        trunk_of(own, dtype),
+        scales=scales,
+        input_channels=tokenizer.latent_channels,
+        classes=classes,
+        drop_path=own.drop_path,
+        use_unit_attention=own.use_unit_attention,
+        use_shared_modulation=own.use_shared_modulation,
+        gate_init=own.gate_init,
+        rngs=rngs,
+    )
+    quantiser = ScaleQuantiser(
+        scales=scales,
+        channels=tokenizer.latent_channels,
+        codes=tokenizer.codes,
+        residual_convolutions=tokenizer.residual_convolutions,
+        residual_ratio=tokenizer.residual_ratio,
+        variable=FrozenVariable,
+        rngs=rngs,
+    )
+    head = SoftmaxHead(
+        width=own.width,
+        vocabulary=spec.levels[0].size,
+        label_smoothing=generator.softmax.label_smoothing,
+        kernel_init=nnx.initializers.normal(0.02 * embedding_std(own.width)),
+        rngs=rngs,
+    )
+    return NextScaleGenerator(
+        backbone=backbone, head=head, quantiser=quantiser, levels=spec.levels, label_drop=generator.label_drop
+    )

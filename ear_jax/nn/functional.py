@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 Arrays = dict[str, Any]
@@ -21,13 +22,14 @@ class Functional:
     parameters: nnx.State
     rest: nnx.State
 
-    def merge(self, parameters: Arrays, rest: Arrays) -> Any:
-        """Rebuild the module around the given arrays.
+    def merge(self, *arrays: Arrays) -> Any:
+        """Rebuild the module around its arrays, in one dictionary or in several.
 
         Raises:
             KeyError: an array of the module is missing from the dictionaries.
         """
-        return nnx.merge(self.graphdef, _fill(self.parameters, parameters), _fill(self.rest, rest))
+        named = {name: leaf for part in arrays for name, leaf in part.items()}
+        return nnx.merge(self.graphdef, _fill(self.parameters, named), _fill(self.rest, named))
 
 
 def functional(module: nnx.Module) -> tuple[Functional, Arrays, Arrays]:
@@ -41,6 +43,17 @@ def arrays_of(module: nnx.Module) -> tuple[Arrays, Arrays]:
     """Return the parameters and the other arrays of a module as flat dictionaries."""
     _, parameters, rest = nnx.split(module, nnx.Param, ...)
     return flatten(parameters), flatten(rest)
+
+
+def merged_arrays(module: nnx.Module) -> Arrays:
+    """Return the parameters and the other arrays of a module in one flat dictionary."""
+    parameters, rest = arrays_of(module)
+    return {**parameters, **rest}
+
+
+def signature(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return shape and dtype of every array of a module (concrete or abstract), as a file of its weights must have."""
+    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in merged_arrays(module).items()}
 
 
 def flatten(state: nnx.State) -> Arrays:

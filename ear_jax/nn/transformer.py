@@ -1,5 +1,6 @@
 """Transformer blocks and stacks of them: parameters on a leading axis, run by one scan."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,24 @@ from ear_jax.nn.layers import Initializer, Mlp, layer_norm
 AnyBlock = TypeVar("AnyBlock", bound=nnx.Module)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """What every transformer is told of its sizes and of how it runs.
+
+    `use_scan` compiles one block and loops over it, `use_remat` keeps only what enters each block for the gradient;
+    `dtype` is that of products, parameters are float32.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    use_scan: bool = True
+    use_remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+
 def stacked(make: Callable[[nnx.Rngs], AnyBlock], depth: int, rngs: nnx.Rngs) -> AnyBlock:
     """Make `depth` blocks, each from a key of its own, as one module whose arrays have `depth` rows."""
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))
@@ -26,9 +45,7 @@ def run_stack(
     hidden: jax.Array,
     layers: Any = None,
     *,
-    depth: int,
-    use_scan: bool,
-    use_remat: bool,
+    trunk: Trunk,
 ) -> tuple[jax.Array, Any]:
     """Run stacked blocks in turn; return the last hidden states, and what each block gave beside them, stacked.
 
@@ -37,9 +54,7 @@ def run_stack(
         apply: (block, hidden states, its row of `layers`) -> hidden states and anything else, or None.
         hidden: What the first block gets.
         layers: What differs by layer: any tree of arrays with `depth` rows.
-        depth: Number of blocks.
-        use_scan: Compile one block and loop over it; otherwise every block is compiled in place.
-        use_remat: Keep only what enters each block for the gradient, and compute the rest again.
+        trunk: Number of blocks, and how they run.
     """
     graphdef, arrays = nnx.split(blocks)
 
@@ -47,12 +62,12 @@ def run_stack(
         own, row = layer
         return apply(nnx.merge(graphdef, own), hidden, row)
 
-    if use_remat:
-        body = jax.checkpoint(body, prevent_cse=not use_scan)
-    if use_scan:
+    if trunk.use_remat:
+        body = jax.checkpoint(body, prevent_cse=not trunk.use_scan)
+    if trunk.use_scan:
         return jax.lax.scan(body, hidden, (arrays, layers))
     given = []
-    for index in range(depth):
+    for index in range(trunk.depth):
         hidden, beside = body(hidden, jax.tree.map(lambda leaf, i=index: leaf[i], (arrays, layers)))
         given.append(beside)
     return hidden, jax.tree.map(lambda *rows: jnp.stack(rows), *given)
@@ -61,11 +76,12 @@ def run_stack(
 class Block(nnx.Module):
     """x += attention(norm(x)); x += mlp(norm(x)). The residual stream keeps its own dtype."""
 
-    def __init__(self, *, width: int, heads: int, mlp_ratio: float, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, trunk: Trunk, *, rngs: nnx.Rngs):
+        width, dropout, dtype = trunk.width, trunk.dropout, trunk.dtype
         self.attention_norm = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width=width, heads=heads, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width=width, heads=trunk.heads, dropout=dropout, dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(width=width, hidden=int(width * mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width=width, hidden=int(width * trunk.mlp_ratio), dropout=dropout, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -83,27 +99,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` blocks whose parameters are stacked on axis 0, so compile time does not grow with depth."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        use_scan: bool = True,
-        use_remat: bool = False,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.depth = depth
-        self.use_scan = use_scan
-        self.use_remat = use_remat
-
-        def make(rngs: nnx.Rngs) -> Block:
-            return Block(width=width, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs)
-
-        self.blocks = stacked(make, depth, rngs)
+    def __init__(self, trunk: Trunk, *, rngs: nnx.Rngs):
+        self.trunk = trunk
+        self.blocks = stacked(lambda rngs: Block(trunk, rngs=rngs), trunk.depth, rngs)
 
     def __call__(
         self,
@@ -112,14 +110,12 @@ class Transformer(nnx.Module):
         visible_BL: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L E"]:
         """Run all blocks; with `rng`, each layer gets its own dropout key; `visible_BL` as in `SelfAttention`."""
-        keys = None if rng is None else jax.random.split(rng, self.depth)
+        keys = None if rng is None else jax.random.split(rng, self.trunk.depth)
 
         def apply(block: Block, hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
             return block(hidden, key, visible_BL), None
 
-        return run_stack(
-            self.blocks, apply, hidden_BLE, keys, depth=self.depth, use_scan=self.use_scan, use_remat=self.use_remat
-        )[0]
+        return run_stack(self.blocks, apply, hidden_BLE, keys, trunk=self.trunk)[0]
 
 
 class ModulatedBlock(nnx.Module):
@@ -131,21 +127,18 @@ class ModulatedBlock(nnx.Module):
 
     def __init__(
         self,
+        trunk: Trunk,
         *,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        dropout: float,
         use_unit_length: bool,
         kernel_init: Initializer,
         output_init: Initializer,
-        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        width, dropout, dtype = trunk.width, trunk.dropout, trunk.dtype
         self.norm = layer_norm(width, affine=False, rngs=rngs)
         self.attention = CachedAttention(
             width=width,
-            heads=heads,
+            heads=trunk.heads,
             use_unit_length=use_unit_length,
             dropout=dropout,
             kernel_init=kernel_init,
@@ -155,7 +148,7 @@ class ModulatedBlock(nnx.Module):
         )
         self.mlp = Mlp(
             width=width,
-            hidden=round(width * mlp_ratio),
+            hidden=round(width * trunk.mlp_ratio),
             dropout=dropout,
             inner_dropout=0.0,
             use_tanh=True,

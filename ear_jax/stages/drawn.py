@@ -5,12 +5,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from ear_jax.config.derive import generator_level
+from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.metrics.protocol import SamplingProtocol
 from ear_jax.metrics.score_types import ImageBatch
-from ear_jax.stages.sample import steps_of_levels
 
 
 def drawn_batches(loaded: Pipeline, config: Config, *, count: int, first: int) -> Iterator[ImageBatch]:
@@ -21,13 +20,7 @@ def drawn_batches(loaded: Pipeline, config: Config, *, count: int, first: int) -
         np.arange(start, stop) % len(loaded.class_names),
         seed=settings.seed,
         start_index=first + start,
-        steps=steps_of_levels(config),
-        guidance_scale=settings.guidance_scale,
-        guidance_schedule=settings.guidance_schedule,
-        temperature=settings.temperature,
-        coarse_temperature=settings.coarse_temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
+        sampling=sampling_of(config),
         batch_size=settings.batch_size,
     ):
         yield ImageBatch(images, ids, np.arange(start, start + len(ids)))
@@ -36,15 +29,14 @@ def drawn_batches(loaded: Pipeline, config: Config, *, count: int, first: int) -
 
 def sampling_protocol(loaded: Pipeline, config: Config, model_digest: str, *, use_ema: bool) -> SamplingProtocol:
     """Return how `drawn_batches` draws, as results record it."""
-    settings = config.sample
-    levels = [generator_level(level, loaded.config.generator.patch_size) for level in loaded.spec.levels]
+    settings, sampling = config.sample, sampling_of(config)
     temperatures = {"discrete": settings.coarse_temperature, "continuous": settings.temperature}
     return SamplingProtocol(
         model=model_digest,
         seed=settings.seed,
         guidance_scale=settings.guidance_scale,
-        temperature=tuple(temperatures[level.kind] for level in levels),
-        steps=tuple(steps_of_levels(config)),
+        temperature=tuple(temperatures[level.kind] for level in loaded.levels),
+        steps=sampling.steps,
         use_ema=use_ema,
         guidance_schedule=settings.guidance_schedule,
     )

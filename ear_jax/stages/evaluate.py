@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import SplitSource, Subset
@@ -28,7 +29,6 @@ from ear_jax.nn.perceptual import PerceptualDistance
 from ear_jax.stages.drawn import drawn_batches, sampling_protocol
 from ear_jax.stages.evaluation_report import judge_protocol, report
 from ear_jax.stages.references import chosen_network, open_networks, open_reference, score_settings, source_batches
-from ear_jax.stages.sample import steps_of_levels
 from ear_jax.stages.session import Session, fingerprint
 from ear_jax.stages.streams import measure_streams
 from ear_jax.types import Tokens
@@ -97,9 +97,8 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
             "samples": config.evaluate.samples,
             "reconstructions": min(config.evaluate.reconstructions, len(held_out)),
             "weights": "moving average",
-            "steps": list(steps_of_levels(config)),
-            **{name: getattr(config.sample, name) for name in ("guidance_scale", "temperature", "coarse_temperature")},
-            **{name: getattr(config.sample, name) for name in ("top_k", "top_p", "seed")},
+            **sampling_of(config).record(),
+            "seed": config.sample.seed,
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "scores": scores.protocol,
@@ -179,7 +178,7 @@ def _lpips(config: Config) -> tuple[Distance | None, str]:
     weights = lpips_weights("" if path == "download" else path)
     static, parameters, frozen = functional(PerceptualDistance(weights.arrays))
     arrays = {**parameters, **frozen}
-    compiled = jax.jit(lambda arrays, images, originals: static.merge(arrays, arrays)(images, originals))
+    compiled = jax.jit(lambda arrays, images, originals: static.merge(arrays)(images, originals))
     return lambda images, originals: compiled(arrays, images, originals), weights.digest
 
 

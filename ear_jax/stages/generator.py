@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from ear_jax import build
 from ear_jax.config import read
@@ -17,7 +16,7 @@ from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder, pictures
 from ear_jax.inference.pipeline import Pipeline
-from ear_jax.nn.functional import Arrays, Keys
+from ear_jax.nn.functional import Arrays
 from ear_jax.stages.session import Session
 from ear_jax.stages.training_scores import TrainingScores
 from ear_jax.training.loop import StageRun, train
@@ -36,7 +35,7 @@ def train_generator(session: Session) -> None:
     session.begin("generator")
     tokenizer = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
     source = LatentsSource(_latents_path(session))
-    spec = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))).spec
+    spec = build.abstract_tokenizer(config).spec
     if source.levels != spec.levels:
         raise ConfigError(
             f"{_latents_path(session)} holds levels {[level.name for level in source.levels]} of another tokenizer; "
@@ -67,7 +66,8 @@ def train_generator(session: Session) -> None:
             pictures.save_grid(folder / "samples_without_averaging.png", drawn["params"], columns=columns)
         return {f"samples_{kind}": pictures.grid(images, columns) for kind, images in drawn.items()}
 
-    frozen = build.frozen_arrays(config, tokenizer)
+    abstract = build.abstract_generator(config, spec, classes)
+    frozen = {name: array for name, array in tokenizer.items() if name.startswith(abstract.frozen)}
 
     def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
         return parameters, {**rest, **frozen}
@@ -77,7 +77,8 @@ def train_generator(session: Session) -> None:
         config_name=config.name,
         config_dict=read.to_dict(config),
         settings=settings,
-        recipe=resolve(settings, stage_lengths(settings, len(source)), undecayed=build.undecayed(config)),
+        recipe=resolve(settings, stage_lengths(settings, len(source))),
+        group=abstract.group,
         create=lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
         loader=loader,
         mesh=session.mesh,

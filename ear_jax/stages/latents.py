@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-from flax import nnx
 
 from ear_jax import build
 from ear_jax.data.latents import CacheDescription, LatentsWriter, is_complete
@@ -12,11 +11,10 @@ from ear_jax.data.quarantine import write_quarantine
 from ear_jax.distributed.process import barrier
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder
-from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.functional import functional
 from ear_jax.stages.session import Session
 from ear_jax.stages.tokenizer import to_float
 from ear_jax.training.progress import Progress
-from ear_jax.types import Posterior
 
 FLUSH_EVERY_BATCHES = 16
 
@@ -29,7 +27,7 @@ def cache_latents(session: Session) -> None:
         return
     folder = model_folder.read(workdir.model("tokenizer"))
     source = open_split(config.data, "train", seed=config.seed)
-    abstract = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
+    abstract = build.abstract_tokenizer(config)
     static, _, _ = functional(abstract)
     weights = digest_of(
         *(
@@ -53,9 +51,9 @@ def cache_latents(session: Session) -> None:
 
     @jax.jit
     def encode(arrays: dict, images: jax.Array) -> tuple[dict, dict]:
-        tokenizer = static.merge(arrays, arrays)
+        tokenizer = static.merge(arrays)
         floats = to_float(images)
-        return _named(tokenizer.posterior(floats)), _named(tokenizer.posterior(floats[:, :, ::-1]))
+        return tokenizer.posterior(floats).to_batch(), tokenizer.posterior(floats[:, :, ::-1]).to_batch()
 
     size = min(config.latents.batch_size, len(source))
     batches = eval_batches(
@@ -87,10 +85,3 @@ def cache_latents(session: Session) -> None:
             write_quarantine(workdir.root / "quarantine.tsv", [source.quarantine])
     barrier("latents: finished")
     session.ledger.event("latents", images=len(source), digest=description.digest)
-
-
-def _named(posterior: Posterior) -> dict[str, jax.Array]:
-    named = {f"level_{number}": ids for number, ids in enumerate(posterior.discrete)}
-    if posterior.mean is None or posterior.std is None:
-        return named
-    return named | {"mean": posterior.mean, "std": posterior.std}

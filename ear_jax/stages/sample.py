@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ear_jax.config.derive import level_steps
+from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from ear_jax.folders import pictures
@@ -38,11 +38,7 @@ def sample(config: Config, model: str, folder: Path) -> None:
         for ids, images in loaded.sample_batches(
             labels,
             seed=settings.seed,
-            steps=steps_of_levels(config),
-            guidance_scale=settings.guidance_scale,
-            guidance_schedule=settings.guidance_schedule,
-            temperature=settings.temperature,
-            coarse_temperature=settings.coarse_temperature,
+            sampling=sampling_of(config),
             batch_size=settings.batch_size,
         ):
             if settings.format == "npz":
@@ -60,8 +56,3 @@ def sample(config: Config, model: str, folder: Path) -> None:
     titles = [loaded.class_names[label] for label in labels[: len(first)]]
     pictures.save_grid(folder / "grid.png", first, columns=columns, titles=titles)
     print(f"samples     {done} images in {folder}, the first {len(first)} in grid.png", flush=True)
-
-
-def steps_of_levels(config: Config) -> tuple[int, ...]:
-    """Return passes a level: the sampling keys, or where they are 0 the generator's own."""
-    return level_steps(config, config.sample.coarse_steps, config.sample.fine_steps)

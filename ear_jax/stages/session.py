@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ear_jax.config import read
 from ear_jax.config.schema import Config
-from ear_jax.config.values import flatten
+from ear_jax.config.values import flatten, leaves
 from ear_jax.distributed import process
 from ear_jax.distributed.mesh import make_mesh
 from ear_jax.distributed.stop_signal import restartable
@@ -26,24 +26,6 @@ STAGES = {
     "generator": ("seed", "data", "tokenizer", "tokenizer_training", "latents", "generator", "generator_training"),
 }
 """Groups of keys that each stage's result depends on."""
-
-CADENCE = (
-    "log_every_steps",
-    "grid_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "max_nonfinite_in_a_row",
-    "decode_threads",
-    "prefetch_batches",
-    "latents.batch_size",
-    "generator.coarse.steps",
-    "generator.fine.steps",
-    "max_bad_fraction",
-    "cache_mib",
-    "use_scan",
-    "use_remat",
-)
-"""Ends of keys that change how a stage is run or watched, not what it makes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +89,8 @@ def inputs(config: Config, stage: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in flatten(config).items()
-        if any(name == group or name.startswith(f"{group}.") for group in STAGES[stage]) and not name.endswith(CADENCE)
+        if any(name == group or name.startswith(f"{group}.") for group in STAGES[stage])
+        and leaves()[name].metadata["affects_result"]
     }
 
 

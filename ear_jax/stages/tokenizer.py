@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ear_jax import build
 from ear_jax.config import read
@@ -20,7 +19,7 @@ from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
 from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
 from ear_jax.metrics.reconstruction import psnr
-from ear_jax.nn.functional import Arrays, Functional, Keys, functional
+from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
 from ear_jax.stages.session import Session
 from ear_jax.training.loop import StageRun, train
 from ear_jax.training.optim import resolve
@@ -56,7 +55,7 @@ def train_tokenizer(session: Session) -> None:
         decode_threads=config.data.decode_threads,
         prefetch_batches=config.data.prefetch_batches,
     )
-    static, _, _ = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))))
+    static, _, _ = functional(build.abstract_tokenizer(config))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
 
@@ -119,8 +118,7 @@ def adopt_tokenizer(session: Session) -> None:
     """
     config, workdir = session.config, session.workdir
     found = model_folder.read(config.tokenizer.source)
-    _, parameters, rest = functional(nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0))))
-    expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in {**parameters, **rest}.items()}
+    expected = signature(build.abstract_tokenizer(config))
     check(found.tensors.get("tokenizer", {}), expected, f"the tokenizer of {config.tokenizer.source}")
     source = open_split(config.data, "train", seed=config.seed)
     if session.is_first:
@@ -146,7 +144,7 @@ def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Con
     Measured over up to 10,000 training images, posterior noise included, so that tokens leave with unit scale.
     """
 
-    module = static.merge(arrays, arrays)
+    module = static.merge(arrays)
     continuous = [level for level in module.spec.levels if level.kind == "continuous"]
     if not continuous:
         return arrays
@@ -156,7 +154,7 @@ def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Con
 
     @jax.jit
     def sums(arrays: Arrays, images: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        posterior = static.merge(arrays, arrays).posterior(to_float(images))
+        posterior = static.merge(arrays).posterior(to_float(images))
         return latent_sums(posterior.mean, posterior.std, weight_B)
 
     parts = []
@@ -166,12 +164,6 @@ def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Con
             break
     module.set_latent_statistics(*latent_statistics(parts))
     return merged_arrays(module)
-
-
-def merged_arrays(module: nnx.Module) -> Arrays:
-    """Return parameters and other arrays of a module in one dictionary."""
-    _, parameters, rest = functional(module)
-    return {**parameters, **rest}
 
 
 def reconstruction_psnr(
@@ -199,7 +191,7 @@ def reconstruction_psnr(
 
 def _reconstructions(static: Functional, arrays: Arrays, images: jax.Array) -> Mapping[str, jax.Array]:
     """Return the originals, the reconstructions, and where there are coarse levels what they alone hold."""
-    tokenizer = static.merge(arrays, arrays)
+    tokenizer = static.merge(arrays)
     tokens = tokenizer.encode(images)
     rows = {"original": images, "full": tokenizer.decode(tokens)}
     if tokens.coarse is not None:

@@ -10,13 +10,13 @@ from ear_jax.bench.plausibility import ROUNDING_LEVELS, cpu_flops_bound, rooflin
 from ear_jax.bench.stages import IMAGE_TO_IMAGE, LABEL_TO_IMAGE, PipelineStages
 from ear_jax.bench.timing import time_stages
 from ear_jax.config import derive
+from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
 from ear_jax.inference.pipeline import Pipeline
-from ear_jax.stages.sample import steps_of_levels
 from ear_jax.studies import report
 from ear_jax.studies.runs import kept
 from ear_jax.training.report import peak_flops_per_s
@@ -71,7 +71,7 @@ def _open(config: Config, place: str) -> tuple[Pipeline, str]:
     except ConfigError as error:
         raise ConfigError(f"the study end_to_end times a trained model, and {error} {advice}") from error
     loaded = pipeline.load(folder)
-    if loaded.generator is None:
+    if not loaded.has_generator:
         raise ConfigError(f"{folder} holds a tokenizer only; the study end_to_end times a whole model. {advice}")
     wanted = TokenizerSpec(config.data.image_px, derive.tokenizer_levels(config))
     if wanted != loaded.spec or config.generator.backbone.name != loaded.config.generator.backbone.name:
@@ -89,7 +89,7 @@ def _described(spec: TokenizerSpec) -> str:
 
 
 def _measure(loaded: Pipeline, config: Config, batch: int) -> list[dict[str, Any]]:
-    made = PipelineStages(loaded, config.sample, steps_of_levels(config))
+    made = PipelineStages(loaded, sampling_of(config))
     labels = np.arange(batch) % len(loaded.class_names)
     rows = []
     for seed in config.study.seeds:
@@ -206,13 +206,12 @@ def _protocol(loaded: Pipeline, config: Config, weights: str) -> dict[str, Any]:
     device, count, own = jax.local_devices()[0], jax.local_device_count(), config.sample
     dtype = loaded.config.generator_training.compute_dtype
     bound = cpu_flops_bound(dtype) if device.platform == "cpu" else _known_peak() or float("inf")
-    passes = zip(loaded.spec.levels, steps_of_levels(config), strict=True)
-    leaves = jax.tree.leaves((loaded.tokenizer_arrays, loaded.generator_arrays))
+    passes = zip(loaded.levels, sampling_of(config).steps, strict=True)
     return {
         "model": loaded.config.name,
         "weights": weights,
         "image_px": loaded.spec.image_px,
-        "parameters_M": sum(leaf.size for leaf in leaves) / 1e6,
+        "parameters_M": loaded.parameters / 1e6,
         "compute_dtype": dtype,
         "platform": device.platform,
         "devices": f"{count} x {device.device_kind}",

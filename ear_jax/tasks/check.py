@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ear_jax.bench.plausibility import cpu_flops_bound
@@ -27,8 +28,10 @@ from ear_jax.folders import model_folder
 from ear_jax.folders.workdir import Workdir
 from ear_jax.inference import pipeline
 from ear_jax.inference.pipeline import Pipeline
+from ear_jax.levels import Fields
 from ear_jax.metrics.features import ClassifierFeatures
 from ear_jax.training.report import peak_flops_per_s
+from ear_jax.types import Posterior
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
@@ -66,7 +69,7 @@ def _check_tiny(checklist: Checklist, config: Config, folder: Path) -> str:
 
     def build_model() -> Outcome:
         made.append(Pipeline(tiny, source.class_names, tiny_tensors(tiny)))
-        return Outcome(f"{_parameters(made[0]) / 1e3:.0f} thousand parameters, none of them zero")
+        return Outcome(f"{made[0].parameters / 1e3:.0f} thousand parameters, none of them zero")
 
     if checklist.run("model", build_model):
         _check_use(checklist, made[0], folder, batch["image"], is_trained=False)
@@ -89,9 +92,9 @@ def _check_tiny(checklist: Checklist, config: Config, folder: Path) -> str:
 
 
 def _check_model(checklist: Checklist, model: Pipeline, folder: Path) -> str:
-    images = model.sample(np.arange(IMAGES) % len(model.class_names)) if model.generator is not None else _noise(model)
+    images = model.sample(np.arange(IMAGES) % len(model.class_names)) if model.has_generator else _noise(model)
     _check_use(checklist, model, folder, images)
-    return f"{model.path}: {model.config.name}, {_parameters(model) / 1e6:.1f} million parameters"
+    return f"{model.path}: {model.config.name}, {model.parameters / 1e6:.1f} million parameters"
 
 
 def _check_use(
@@ -102,7 +105,7 @@ def _check_use(
     checklist.run("encode", lambda: checks.encodes(images))
     checklist.run("decode", lambda: checks.decodes(images))
     checklist.run("save and load", lambda: checks.same_after_saving(folder))
-    if model.generator is None:
+    if not model.has_generator:
         return
     checklist.run("tokens", checks.draws_tokens)
     checklist.run("stages and whole", checks.stages_make_the_whole)
@@ -131,16 +134,13 @@ def _model_of(workdir: str) -> str | None:
 
 def _cached(model: Pipeline, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a batch of images as the generator's training reads it."""
-    named = {"label": batch["label"], "index": batch["index"]}
-    for number, level in enumerate(map(np.asarray, model.encode(batch["image"]).levels)):
-        named |= {f"level_{number}": level} if level.ndim == 2 else {"mean": level, "std": np.full_like(level, 0.1)}
-    return named
+    tokens = model.encode(batch[Fields.IMAGE])
+    ids = tuple(level for level in tokens.levels if level.ndim == 2)
+    std = None if tokens.fine is None else jnp.full_like(tokens.fine, 0.1)
+    named = {name: batch[name] for name in (Fields.LABEL, Fields.INDEX)}
+    return named | Posterior(ids, tokens.fine, std).to_batch()
 
 
 def _noise(model: Pipeline) -> np.ndarray:
     side = model.spec.image_px
     return np.random.default_rng(0).integers(0, 256, (IMAGES, side, side, 3), np.uint8)
-
-
-def _parameters(model: Pipeline) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves((model.tokenizer_arrays, model.generator_arrays)))

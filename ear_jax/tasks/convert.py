@@ -4,23 +4,21 @@ All is read and compared before the first byte is written; arrays are then moved
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from ear_jax import build
 from ear_jax.config import from_dict, read
 from ear_jax.config.schema import Config, ConvertConfig
 from ear_jax.errors import ConfigError
-from ear_jax.files import write_json
+from ear_jax.files import file_sha256, write_json
 from ear_jax.folders import model_folder
 from ear_jax.folders.model_folder import check
 from ear_jax.folders.workdir import Workdir
-from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.functional import signature
 from ear_jax.weights import safetensors_file
 from ear_jax.weights.apply import Shapes, ours_of, theirs_of
 from ear_jax.weights.entries import Entry, from_elsewhere
@@ -107,10 +105,9 @@ def write_published(config: Config, model: str, folder: Path) -> list[Path]:
 
 
 def _generator(config: Config, opened: TensorFile, classes: int, tokenizer: Mapping[str, np.ndarray]) -> Part:
-    spec = _abstract_tokenizer(config).spec
+    spec = build.abstract_tokenizer(config).spec
     entries = registry.generator_entries(config)
-    module = nnx.eval_shape(lambda: build.build_generator(config, spec, classes, rngs=Keys(0)))
-    shapes = _shapes(module)
+    shapes = signature(build.abstract_generator(config, spec, classes))
     entries += _shared(entries, shapes, tokenizer)
     return _part(config.convert.checkpoint, opened, entries, shapes)
 
@@ -135,7 +132,7 @@ def _only_tokenizer(config: Config) -> Part:
 
 
 def _tokenizer(config: Config, path: str, weights: str) -> Part:
-    shapes = _shapes(_abstract_tokenizer(config))
+    shapes = signature(build.abstract_tokenizer(config))
     if Path(path).is_dir():
         arrays = model_folder.read(path).tensors.get("tokenizer", {})
         check(arrays, shapes, f"the tokenizer of {path}")
@@ -150,7 +147,7 @@ def _part(path: str, opened: TensorFile, entries: list[Entry], shapes: Shapes) -
     arrays = ours_of(opened.arrays, entries, shapes, where=path)
     origin = {
         "file": Path(path).name,
-        "SHA-256 of the file": _digest(path),
+        "SHA-256 of the file": file_sha256(path),
         "table in the file": opened.table or "its only one",
     }
     cast = sorted({str(a.dtype) for a in opened.arrays.values() if a.dtype.kind in "fV" and a.dtype != np.float32})
@@ -215,17 +212,3 @@ def _class_names(settings: ConvertConfig, classes: int | None) -> list[str]:
             "one name a line in the order of the class ids."
         )
     return [name.strip() for name in names]
-
-
-def _abstract_tokenizer(config: Config) -> Any:
-    return nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
-
-
-def _shapes(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], Any]]:
-    _, parameters, rest = functional(module)
-    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in {**parameters, **rest}.items()}
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

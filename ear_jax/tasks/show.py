@@ -1,7 +1,6 @@
 """Print what a configuration means before anything runs: keys, levels, parameters, FLOPs and memory."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,14 +9,15 @@ from clu import parameter_overview
 from flax import nnx
 
 from ear_jax import build
-from ear_jax.config.derive import generator_level, level_steps
+from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.config.values import flatten
-from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
+from ear_jax.inference.programs import Programs, traced
+from ear_jax.levels import Fields, LevelSpec, TokenizerSpec
 from ear_jax.nn.flops import count_equations, count_flops
-from ear_jax.nn.functional import Arrays, Keys, functional
+from ear_jax.nn.functional import Arrays, Keys, functional, merged_arrays
 from ear_jax.training.report import readable_count
-from ear_jax.types import TokenizerSpec, Tokens
+from ear_jax.types import cached_batch
 
 CLASSES_UNKNOWN = 1000
 GIB = 2**30
@@ -29,8 +29,8 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     objective = nnx.eval_shape(lambda: build.build_tokenizer_objective(config, rngs=Keys(0)))
     tokenizer, spec = objective.tokenizer, objective.tokenizer.spec
     classes = config.data.shapes.classes if config.data.source == "shapes" else CLASSES_UNKNOWN
-    generator = nnx.eval_shape(lambda: build.build_generator(config, spec, classes, rngs=Keys(0)))
-    _print_levels(config, spec)
+    generator = build.abstract_generator(config, spec, classes)
+    _print_levels(config, generator.levels)
     for name, module in (("tokenizer", tokenizer), ("generator", generator)):
         _print_parameters(name, module)
     if config.data.source != "shapes":
@@ -46,13 +46,11 @@ def _print_config(config: Config) -> None:
         print(f"  config.{name:<{width}}  {value!r}")
 
 
-def _print_levels(config: Config, spec: TokenizerSpec) -> None:
+def _print_levels(config: Config, levels: tuple[LevelSpec, ...]) -> None:
     print("\nLevels, in the order they are drawn")
-    patch = config.generator.patch_size
-    for level, steps in zip(spec.levels, level_steps(config), strict=True):
-        seen = generator_level(level, patch)
-        what = f"{seen.size} codes" if seen.kind == "discrete" else f"{seen.size} channels"
-        tokens = f"{seen.grid} x {seen.grid} = {seen.tokens} {seen.kind} tokens"
+    for level, steps in zip(levels, sampling_of(config).steps, strict=True):
+        what = f"{level.size} codes" if level.kind == "discrete" else f"{level.size} channels"
+        tokens = f"{level.grid} x {level.grid} = {level.tokens} {level.kind} tokens"
         print(f"  {level.name:<10} {tokens}, {what}, {steps} passes")
 
 
@@ -70,19 +68,13 @@ def _print_parameters(name: str, module: nnx.Module) -> None:
 
 def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective: Any) -> None:
     images = jax.ShapeDtypeStruct((1, spec.image_px, spec.image_px, 3), jnp.uint8)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    tokens: dict[str, Any] = {
-        f"level_{number}": jax.ShapeDtypeStruct((1, level.tokens), jnp.int32)
-        for number, level in enumerate(level for level in spec.levels if level.kind == "discrete")
-    }
-    for level in spec.levels:
-        if level.kind == "continuous":
-            tokens["mean"] = tokens["std"] = jax.ShapeDtypeStruct((1, level.tokens, level.size), jnp.float32)
-    tokens |= {"label": label, "index": label}
+    tokens = cached_batch(spec.levels, 1)
+    label = tokens[Fields.LABEL]
+    ids = {Fields.LABEL: label, Fields.INDEX: label}
     print("\nTraining")
     print(f"  {'':<10} {'GFLOP an image':>15} {'state':>11} {'activations an image':>21} {'batch':>7}")
     for name, module, batch, training in (
-        ("tokenizer", objective, {"image": images, "label": label, "index": label}, config.tokenizer_training),
+        ("tokenizer", objective, {Fields.IMAGE: images} | ids, config.tokenizer_training),
         ("generator", generator, tokens, config.generator_training),
     ):
         flops, state, saved = _training_cost(module, batch)
@@ -97,34 +89,18 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
                 print(f"    on {devices:>2} device{'s' if devices > 1 else ' '}: about {need:,.1f} GiB each")
     print("  state is parameters, two moments and the average in float32, held whole on each device;")
     print("  activations are what the backward pass keeps, so a compiled step needs somewhat more or less.")
-    static_t, parameters_t, rest_t = functional(objective.tokenizer)
-    static_g, parameters_g, rest_g = functional(generator)
-    plan = SamplingPlan(
-        level_steps(config),
-        config.sample.guidance_scale != 1.0,
-        config.sample.guidance_schedule,
-    )
-
-    def generate(parameters: Arrays, rest: Arrays, labels: jax.Array) -> Any:
-        model = static_g.merge(parameters, rest)
-        levels = build.sampler(config)(
-            model,
-            labels,
-            image_keys(0, jnp.arange(1)),
-            plan,
-            guidance_scale=config.sample.guidance_scale,
-            temperature=1.0,
-            coarse_temperature=1.0,
-        )
-        return model.to_tokens(levels).levels
-
-    traced, drawn = jax.make_jaxpr(generate, return_shape=True)(parameters_g, rest_g, label)
-    sampling = count_equations(traced)
-    decode: Callable[..., Any] = lambda p, r, levels: static_t.merge(p, r).decode(Tokens(levels))  # noqa: E731
-    decoding = count_flops(decode, parameters_t, rest_t, drawn)
+    programs = Programs(functional(objective.tokenizer)[0])
+    programs.set_generator(functional(generator)[0])
+    sampling = sampling_of(config)
+    arrays, of_tokenizer = merged_arrays(generator), merged_arrays(objective.tokenizer)
+    inputs = (arrays, label, label, jnp.uint32(0), traced(sampling))
+    traced_draw, levels = jax.make_jaxpr(programs.levels, return_shape=True)(*inputs)
+    generating = count_equations(traced_draw)
+    drawn = jax.eval_shape(lambda arrays, levels: programs.generator(arrays).to_tokens(levels), arrays, levels)
+    decoding = count_flops(programs.decode, of_tokenizer, drawn)
     print("\nSampling one image")
-    guided = "with" if plan.use_guidance else "without"
-    print(f"  generator {sampling / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")
+    guided = "with" if sampling.is_guided else "without"
+    print(f"  generator {generating / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")
 
 
 def _training_cost(module: nnx.Module, batch: dict[str, Any]) -> tuple[float, float, float]:

@@ -28,6 +28,7 @@ from ear_jax.training.progress import Progress
 from ear_jax.training.report import loader_images_per_s, parameter_counts, peak_flops_per_s, start_report
 from ear_jax.training.step import TrainState, make_train_step
 from ear_jax.training.tensorboard import TensorBoard
+from ear_jax.types import Group, usual_group
 
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
 """(step, state) -> pictures by name, uint8 [h, w, 3]; saving them is the hook's business, TensorBoard is the loop's."""
@@ -57,6 +58,7 @@ class StageRun:
     folder: Path
     ledger: Ledger
     tensorboard_folder: Path
+    group: Callable[[str], Group] = usual_group
     overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None
     grid: GridHook | None = None
     score: ScoreHook | None = None
@@ -75,7 +77,7 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         ConfigError, DataError, StorageError: see their messages.
     """
     check_batch_size(run.settings.batch_size, run.mesh, accumulation_steps=run.settings.accumulation_steps)
-    optimizer = make_optimizer(run.recipe)
+    optimizer = make_optimizer(run.recipe, run.group)
     prepared = prepare(run.create, optimizer, run.mesh, seed=run.seed, overwrite=run.overwrite)
     total, is_first = run.recipe.lengths.total_steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ import optax
 from ear_jax.config.derive import StageLengths, peak_learning_rate
 from ear_jax.config.schema import TrainingConfig
 from ear_jax.nn.functional import Arrays
+from ear_jax.types import Group, usual_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,13 @@ class Recipe:
     hold_fraction: float = 0.0
     warmup_start_ratio: float = 0.0
     final_weight_decay: float = -1.0
-    undecayed: tuple[str, ...] = ()
 
 
-def resolve(training: TrainingConfig, lengths: StageLengths, *, undecayed: tuple[str, ...] = ()) -> Recipe:
-    """Resolve a stage's settings: epochs are steps, the learning rate is the peak for this batch size.
-
-    `undecayed` names parameters (last part of the path) that a model family keeps without weight decay.
-    """
-    named = {field.name for field in dataclasses.fields(Recipe)} - {"lengths", "learning_rate", "undecayed"}
+def resolve(training: TrainingConfig, lengths: StageLengths) -> Recipe:
+    """Resolve a stage's settings: epochs are steps, the learning rate is the peak for this batch size."""
+    named = {field.name for field in dataclasses.fields(Recipe)} - {"lengths", "learning_rate"}
     shared: dict[str, Any] = {name: getattr(training, name) for name in named}
-    return Recipe(lengths=lengths, learning_rate=peak_learning_rate(training), undecayed=undecayed, **shared)
+    return Recipe(lengths=lengths, learning_rate=peak_learning_rate(training), **shared)
 
 
 def learning_rate(recipe: Recipe) -> Callable[[jax.typing.ArrayLike], jax.Array]:
@@ -90,20 +87,6 @@ def train_temperature(recipe: Recipe, step: jax.Array) -> jax.Array:
     return jnp.where(is_final, recipe.final_phase_train_temperature, recipe.train_temperature).astype(jnp.float32)
 
 
-def is_decayed(name: str, undecayed: tuple[str, ...] = ()) -> bool:
-    """Tell whether weight decay acts on a parameter: matrices and embeddings outside the heads, never biases or norms.
-
-    EAR decays class embedding, mask token and positions too, and leaves the head's matrices without decay. `undecayed`
-    names more that a family leaves out.
-    """
-    return name.rpartition("/")[2] not in ("bias", "scale", *undecayed) and not is_head_matrix(name)
-
-
-def is_head_matrix(name: str) -> bool:
-    """Tell whether a parameter is a matrix of a head (`heads/…/kernel`), which trains at its own learning rate."""
-    return name.startswith("heads/") and name.endswith("/kernel")
-
-
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Return clipping by min(1, limit / (norm + 1e-6)), the formula of the published recipes."""
 
@@ -125,20 +108,22 @@ def add_decayed_weights(rate: float, is_due: Callable[[str], bool]) -> optax.Gra
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformationExtraArgs:
-    """Return AdamW over flat parameter dictionaries with the groups of EAR's recipe, at a learning rate of 1.
+def make_optimizer(
+    recipe: Recipe, group: Callable[[str], Group] = usual_group
+) -> optax.GradientTransformationExtraArgs:
+    """Return AdamW over flat parameter dictionaries in the groups that the trained module names, at a rate of 1.
 
     Decay is decoupled and multiplied by the learning rate of the parameter's group. The training step multiplies the
     result by the schedule at its own count: a count kept here would fall behind with every skipped update.
     """
 
     def heads(params: Arrays) -> Mapping[str, bool]:
-        return {name: is_head_matrix(name) for name in params}
+        return {name: group(name).is_head for name in params}
 
     parts = [clip_by_global_norm(recipe.clip_norm)] if recipe.clip_norm else []
     parts += [
         optax.scale_by_adam(b1=recipe.beta1, b2=recipe.beta2, eps=1e-8),
-        add_decayed_weights(recipe.weight_decay, lambda name: is_decayed(name, recipe.undecayed)),
+        add_decayed_weights(recipe.weight_decay, lambda name: group(name).decays),
         optax.masked(optax.scale(recipe.head_learning_rate_multiplier), heads),
         optax.scale(-1.0),
     ]

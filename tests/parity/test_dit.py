@@ -14,7 +14,7 @@ from parity.golden import Golden
 
 from ear_jax.backbones.dit import DiT
 from ear_jax.generators.diffusion import DiffusionGenerator, denoise_level, denoiser
-from ear_jax.generators.masked import patchify, unpatchify
+from ear_jax.nn.patches import patchify, unpatchify
 from ear_jax.generators.masked_sampler import SamplingPlan
 from ear_jax.levels import LevelSpec
 from ear_jax.nn import diffusion

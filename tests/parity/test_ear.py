@@ -13,7 +13,7 @@ from parity.golden import Golden
 
 from ear_jax.config.derive import StageLengths
 from ear_jax.generators import guidance
-from ear_jax.generators.masked import patchify, unpatchify
+from ear_jax.nn.patches import patchify, unpatchify
 from ear_jax.generators.masked_sampler import fill_level
 from ear_jax.generators.masking import mask_first, masked_after_steps
 from ear_jax.heads.energy import energy_score

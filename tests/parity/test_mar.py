@@ -14,7 +14,8 @@ from parity.golden import Golden
 
 from ear_jax.backbones.mar import MarBackbone
 from ear_jax.generators import guidance
-from ear_jax.generators.masked import Generator, LevelPlan, patchify
+from ear_jax.generators.masked import Generator, LevelPlan
+from ear_jax.nn.patches import patchify
 from ear_jax.generators.masked_sampler import fill_level
 from ear_jax.generators.masking import mask_first, masked_after_steps
 from ear_jax.heads.diffusion import DiffusionHead

@@ -15,7 +15,7 @@ from random_weights import random_module, random_weights
 from ear_jax.backbones.dit import DiT
 from ear_jax.config import derive, read
 from ear_jax.generators.diffusion import DiffusionGenerator, sample_diffusion
-from ear_jax.generators.masked import unpatchify
+from ear_jax.nn.patches import unpatchify
 from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
 from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Keys, functional

@@ -11,7 +11,8 @@ from random_weights import random_module
 
 from ear_jax.backbones.masked import MaskedBackbone
 from ear_jax.generators.guidance import growth, mix
-from ear_jax.generators.masked import Generator, LevelPlan, patchify, unpatchify
+from ear_jax.generators.masked import Generator, LevelPlan
+from ear_jax.nn.patches import patchify, unpatchify
 from ear_jax.generators.masked_sampler import SamplingPlan, image_keys, sample_levels
 from ear_jax.generators.masking import mask_first, masked_after_steps, random_ranks, training_counts
 from ear_jax.heads.energy import EnergyHead
