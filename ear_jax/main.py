@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ear_jax import command_line
+from ear_jax import command_line, program_cache
 from ear_jax.errors import EarError
 from ear_jax.tasks import TASKS
 
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command_line.wants_help(arguments):
             return _print(command_line.help_text(arguments))
         request = command_line.read(arguments)
+        program_cache.keep_programs(request.config.run.program_cache)
         module, _, function = TASKS[request.task].partition(":")
         task = getattr(importlib.import_module(module), function)
         task(request.config, request.workdir, model=request.model)

@@ -406,6 +406,15 @@ class LatentsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a process runs, whatever its task."""
+
+    program_cache: str = key(
+        "auto", "folder that keeps compiled programs for the next start: auto = in the user's cache folder | off | PATH"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How devices are arranged; -1 takes all that are left."""
 
@@ -472,6 +481,7 @@ class Config:
     sample: SampleConfig = group(SampleConfig)
     evaluate: EvaluateConfig = group(EvaluateConfig)
     stats: StatsConfig = group(StatsConfig)
+    run: RunConfig = group(RunConfig)
     mesh: MeshConfig = group(MeshConfig)
     bench: BenchConfig = group(BenchConfig)
     convert: ConvertConfig = group(ConvertConfig)

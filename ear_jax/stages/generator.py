@@ -18,8 +18,7 @@ from ear_jax.folders import model_folder, pictures
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.nn.functional import Arrays
 from ear_jax.stages.session import Session
-from ear_jax.stages.training_scores import TrainingScores
-from ear_jax.training.loop import StageRun, train
+from ear_jax.training.loop import ScoreHook, StageRun, train
 from ear_jax.training.optim import resolve
 from ear_jax.training.step import TrainState
 
@@ -88,7 +87,7 @@ def train_generator(session: Session) -> None:
         tensorboard_folder=workdir.tensorboard,
         grid=grid,
         overwrite=take_over,
-        score=TrainingScores(session, pipeline) if config.evaluate.every_steps else None,
+        score=_scores(session, pipeline) if config.evaluate.every_steps else None,
         score_every_steps=config.evaluate.every_steps,
     )
     try:
@@ -108,6 +107,14 @@ def train_generator(session: Session) -> None:
             picture,
         )
     session.mark_complete("generator", data_digest=source.digest, **_floats(stage.facts))
+
+
+def _scores(session: Session, pipeline: Pipeline) -> ScoreHook:
+    from ear_jax.stages.training_scores import (
+        TrainingScores,  # the metrics: a run without scores must not wait for them
+    )
+
+    return TrainingScores(session, pipeline)
 
 
 def _latents_path(session: Session) -> Path:

@@ -1,6 +1,5 @@
 """Running the arms of a study: ordinary run folders driven by the ordinary stages, so that resuming comes for free."""
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -84,20 +83,6 @@ def kept(folder: Path, config: Config, measure: Callable[[], Any], *, name: str 
     value = measure()
     write_json(path, {"made_from": made_from, "value": value})
     return value
-
-
-@contextlib.contextmanager
-def shared_programs(folder: Path) -> Iterator[None]:
-    """Keep compiled programs in a folder, so that the seeds of an arm compile once."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(folder), 1.0), strict=True):
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            jax.config.update(name, value)
 
 
 WARMUP_REPEATS = 2

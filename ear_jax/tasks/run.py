@@ -3,7 +3,6 @@
 import time
 
 from ear_jax.config.schema import Config
-from ear_jax.stages.evaluate import evaluate
 from ear_jax.stages.generator import train_generator
 from ear_jax.stages.latents import cache_latents
 from ear_jax.stages.sample import sample
@@ -22,6 +21,8 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
         train_generator(session)
         if session.is_first:
             sample(config, str(session.workdir.model("generator")), session.workdir.samples)
+        from ear_jax.stages.evaluate import evaluate  # the metrics: training must not wait for them
+
         evaluate(session)
         session.say(
             f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {session.workdir.samples / 'grid.png'}"

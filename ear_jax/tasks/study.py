@@ -8,7 +8,6 @@ from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from ear_jax.studies import ablation, end_to_end, fidelity
 from ear_jax.studies.judge import Judge
-from ear_jax.studies.runs import shared_programs
 
 Study = Callable[[Config, Path, str | None], dict[str, Any]]
 """(configuration, folder, model or None) -> rows, summary and verdicts; writes study.md, study.png and study.json."""
@@ -44,8 +43,7 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
             "--config=configs/studies/fidelity.py."
         )
     root = Path(workdir)
-    with shared_programs(root / "programs"):
-        result = STUDIES[config.study.name](config, root, model)
+    result = STUDIES[config.study.name](config, root, model)
     for verdict in result["verdicts"]:
         print(f"study       {verdict}")
     print(f"study       {root / 'study.md'}, {root / 'study.png'}, {root / 'study.json'}", flush=True)

@@ -47,15 +47,17 @@ def prepare(
 
     `overwrite` may replace arrays of the fresh state, for example by those of an earlier stage.
     """
-    static, _, _ = functional(nnx.eval_shape(lambda: create(Keys(0))))
+    static, parameters, rest = functional(nnx.eval_shape(lambda: create(Keys(0))))
 
-    def fresh() -> TrainState:
-        parameters, rest = arrays_of(create(Keys(seed)))
+    def state_of(parameters: Arrays, rest: Arrays) -> TrainState:
         if overwrite is not None:
             parameters, rest = overwrite(parameters, rest)
         return create_state(parameters, rest, optimizer)
 
-    shapes = jax.eval_shape(fresh)
+    def fresh() -> TrainState:
+        return state_of(*arrays_of(create(Keys(seed))))
+
+    shapes = jax.eval_shape(state_of, parameters, rest)
     shardings = state_shardings(shapes, mesh)
     # The program runs once. XLA's CPU backend spends minutes of optimisation on the draws of a large module.
     is_cpu = mesh.devices.flat[0].platform == "cpu"

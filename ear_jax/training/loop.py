@@ -19,7 +19,7 @@ from ear_jax.distributed.mesh import check_batch_size, put_batch, replicated
 from ear_jax.distributed.stop_signal import StopSignal
 from ear_jax.distributed.watchdog import Watchdog
 from ear_jax.errors import NonFiniteError, PreemptedError
-from ear_jax.nn.flops import count_flops
+from ear_jax.nn.flops import count_equations
 from ear_jax.nn.functional import Arrays, Functional
 from ear_jax.training.initialise import ModuleFactory, Prepared, prepare
 from ear_jax.training.ledger import Ledger, batch_digest
@@ -192,8 +192,9 @@ def _compile(
     jitted = jax.jit(
         function, in_shardings=shardings, out_shardings=(prepared.shardings, replicated(run.mesh)), donate_argnums=0
     )
-    flops = count_flops(function, prepared.shapes, batch, root)
-    compiled = jitted.lower(prepared.like, batch, root).compile()
+    traced = jitted.trace(prepared.like, batch, root)
+    flops = count_equations(traced.jaxpr)
+    compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     if memory is not None:
         arguments, temporary = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20

@@ -75,7 +75,7 @@ def parameter_counts(parameters: Mapping[str, Any]) -> dict[str, int]:
 
 
 def loader_images_per_s(
-    loader: Rewindable, *, seconds: float = 1.0, max_batches: int = 200, clock: Callable[[], float] = time.monotonic
+    loader: Rewindable, *, seconds: float = 0.25, max_batches: int = 200, clock: Callable[[], float] = time.monotonic
 ) -> float:
     """Measure how fast a loader delivers, in local images a second, and put it back where it was.
 

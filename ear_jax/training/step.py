@@ -96,7 +96,7 @@ def make_train_step(
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
 
         def accept(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jax.lax.select_n(is_finite, o, n), new, old)
 
         skipped = (~is_finite).astype(jnp.int32)
         state = {
