@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ear_jax import build
+from ear_jax.config import kinds
 from ear_jax.config.schema import Config
 from ear_jax.config.validate import cross_faults
 from ear_jax.config.values import flatten, unflatten
@@ -117,6 +118,10 @@ def tiny_config(config: Config) -> Config:
     }
     changes = {f"{group}.{name}": value for group, named in groups.items() for name, value in named.items()}
     changes["latents.source"] = ""
+    tiny = unflatten({**flatten(config), **changes})
+    for level in kinds.levels(tiny):  # a kind may take one pass a level at most
+        key = f"generator.{'coarse' if level.kind == 'discrete' else 'fine'}.steps"
+        changes[key] = min(changes[key], kinds.kind_of(tiny).most_steps(tiny, level))
     tiny = unflatten({**flatten(config), **changes})
     if faults := cross_faults(tiny):
         raise ConfigError("; ".join(fault.text for fault in faults))

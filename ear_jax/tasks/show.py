@@ -12,7 +12,7 @@ from ear_jax import build
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.config.values import flatten
-from ear_jax.inference.programs import Programs, traced
+from ear_jax.inference.programs import Levels, Programs, traced
 from ear_jax.levels import Fields, LevelSpec, TokenizerSpec
 from ear_jax.nn.flops import count_equations, count_flops
 from ear_jax.nn.functional import Arrays, Keys, functional, merged_arrays
@@ -96,8 +96,11 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
     inputs = (arrays, label, label, jnp.uint32(0), traced(sampling))
     traced_draw, levels = jax.make_jaxpr(programs.levels, return_shape=True)(*inputs)
     generating = count_equations(traced_draw)
-    drawn = jax.eval_shape(lambda arrays, levels: programs.generator(arrays).to_tokens(levels), arrays, levels)
-    decoding = count_flops(programs.decode, of_tokenizer, drawn)
+
+    def decode(arrays: Arrays, of_tokenizer: Arrays, levels: Levels) -> jax.Array:
+        return programs.decode(of_tokenizer, programs.generator(arrays).to_tokens(levels))
+
+    decoding = count_flops(decode, arrays, of_tokenizer, levels)
     print("\nSampling one image")
     guided = "with" if sampling.is_guided else "without"
     print(f"  generator {generating / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")

@@ -20,7 +20,8 @@ from random_weights import random_weights
 
 from ear_jax import build
 from ear_jax.config import read
-from ear_jax.config.derive import levels, stage_lengths
+from ear_jax.config.derive import stage_lengths
+from ear_jax.config.kinds import levels
 from ear_jax.config.schema import (
     BackboneConfig,
     CoarseConfig,
