@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import pytest
 
-from ear_jax.config import derive, read
+from ear_jax.config import derive, kinds, read
 from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.config.values import flatten, leaves
 from ear_jax.errors import ConfigError

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from integration.tiny import tiny_config
 from random_weights import random_module
 
