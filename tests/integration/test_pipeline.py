@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ def model(folder: Path) -> Pipeline:
 
 
 def programs_compiled(model: Pipeline) -> int:
-    return model.programs.sample._cache_size()
+    sample: Any = model.programs.sample
+    return sample._cache_size()
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:

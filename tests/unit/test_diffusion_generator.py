@@ -22,7 +22,6 @@ from ear_jax.nn.layers import sincos_positions
 from ear_jax.nn.patches import unpatchify
 from ear_jax.nn.transformer import Trunk
 from ear_jax.sampling import Sampling
-from ear_jax.types import Tokens
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "dit.py"
 LEVEL = LevelSpec("fine", 2, "continuous", 12)
@@ -139,14 +138,6 @@ def test_dropout_acts_with_a_key_only():
 
 
 # --- generator -------------------------------------------------------------------------------------------------------
-
-
-def test_levels_are_patches_and_come_back():
-    generator = nnx.eval_shape(lambda: make_generator()(Keys(0)))
-    pixels = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, 3)), jnp.float32)
-    levels = generator.to_levels(Tokens((pixels,)))
-    assert [level.shape for level in levels] == [(2, LEVEL.tokens, LEVEL.size)]
-    np.testing.assert_array_equal(generator.to_tokens(levels).fine, pixels)
 
 
 def test_unfit_settings_are_refused():

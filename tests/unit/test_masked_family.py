@@ -167,7 +167,8 @@ def mar() -> MaskedGenerator:
 @functools.cache
 def program():
     """MAR's sampler as a compiled function (labels, keys, sampling)."""
-    return jax.jit(lambda labels, keys, sampling: sample(mar(), labels, keys, sampling)[0])
+    generator = mar()
+    return jax.jit(lambda labels, keys, sampling: sample(generator, labels, keys, sampling)[0])
 
 
 def draw(labels: list[int], indices: list[int], scale: float | None) -> np.ndarray:

@@ -249,21 +249,6 @@ def test_what_does_not_fit_is_refused():
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_depends_on_its_own_key_and_label_alone():
-    draw = make_sampler(use_scan=True)
-    labels, keys = jnp.asarray([0, 0]), image_keys(0, jnp.arange(2))
-    ids, _ = draw(labels, keys, FILTERED)
-    assert [level.shape for level in ids] == [(2, side**2) for side in SCALES]
-    assert all(level.dtype == jnp.int32 and (level >= 0).all() and (level < CODES).all() for level in ids)
-    swapped, _ = draw(labels, keys[::-1], FILTERED)
-    for level, other in zip(ids, swapped, strict=True):
-        np.testing.assert_array_equal(level[::-1], other)
-    changed, _ = draw(jnp.asarray([0, 3]), keys.at[1].set(jax.random.key(9)), FILTERED)
-    joined, other = np.concatenate(ids, axis=1), np.concatenate(changed, axis=1)
-    np.testing.assert_array_equal(joined[0], other[0])
-    assert (joined[1] != other[1]).any() and (joined[0] != joined[1]).any()
-
-
 def test_drawn_ids_are_greedy_at_temperature_zero_and_pass_the_filters():
     draw, labels = make_sampler(use_scan=True), jnp.asarray([1, 2])
     greedy = dataclasses.replace(FILTERED, coarse_temperature=0.0)
@@ -291,14 +276,14 @@ def test_cached_passes_are_the_whole_pass_and_guidance_grows_over_the_scales(var
 
 
 def test_all_scales_are_drawn_in_one_piece_the_ids_without_the_logits():
-    labels, keys = jnp.asarray([0, 1]), image_keys(1, jnp.arange(2))
+    generator, labels, keys = make_generator(), jnp.asarray([0, 1]), image_keys(1, jnp.arange(2))
 
     def traced(draw):
-        return jax.eval_shape(lambda: draw(make_generator(), labels, keys, FILTERED))
+        return jax.eval_shape(lambda: draw(generator, labels, keys, FILTERED))
 
     assert traced(sample) == traced(lambda generator, *rest: generator.draw((), *rest)) == traced(draw_scales)[0]
     with pytest.raises(ValueError, match="in one piece"):
-        make_generator().draw((jnp.zeros((2, 1), jnp.int32),), labels, keys, FILTERED)
+        generator.draw((jnp.zeros((2, 1), jnp.int32),), labels, keys, FILTERED)
 
 
 def test_growth_of_guidance():
