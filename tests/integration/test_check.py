@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_found(checks, model):
 
 def test_a_decoder_that_computes_nothing_is_found(checks, model):
     silent = changed(changed(model.tokenizer_arrays, "decoder/exit/kernel", 0.0), "decoder/exit/bias", 0.0)
-    model.tokenizer_arrays = model._on_all_devices(silent)
+    model.tokenizer_arrays = {name: jnp.asarray(array) for name, array in silent.items()}
     faults = checks.decodes(pictures()).faults
     assert "8 of 8 decoded images hold a single value." in faults
     assert any("does not depend on the fine tokens" in fault for fault in faults)

@@ -1,6 +1,7 @@
 """Every recipe in configs/: both stages and the sampler are traced as shapes, and tiny ones really run."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from quick import QUICK
 from random_weights import random_weights
 
 from ear_jax import build
-from ear_jax.config import derive, read
+from ear_jax.config import derive, kinds, read
 from ear_jax.config.schema import Config, TrainingConfig
-from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
+from ear_jax.generators.kind import image_keys, sample
+from ear_jax.inference.programs import traced
 from ear_jax.levels import TokenizerSpec
 from ear_jax.nn.functional import Functional, Keys, functional
+from ear_jax.sampling import Sampling
 from ear_jax.training.optim import make_optimizer, resolve
 from ear_jax.training.step import TrainState, create_state, make_train_step
-from ear_jax.types import Tokens
+from ear_jax.types import Group, usual_group
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES, IMAGES = 10, 1_281_167
@@ -58,12 +61,19 @@ def _labels(rows: int) -> dict[str, Any]:
     return {"label": np.arange(rows, dtype=np.int32) % CLASSES, "index": np.arange(rows)}
 
 
-def train_step(static: Functional, training: TrainingConfig, params: Any, rest: Any) -> tuple[Any, Any]:
+def train_step(
+    static: Functional, training: TrainingConfig, params: Any, rest: Any, group: Callable[[str], Group]
+) -> tuple[Any, Any]:
     """Return the step of a stage and a function that makes its state at step 0."""
     recipe = resolve(training, derive.stage_lengths(training, IMAGES))
-    optimizer = make_optimizer(recipe)
+    optimizer = make_optimizer(recipe, group)
     step = make_train_step(static, optimizer, recipe, accumulation_steps=training.accumulation_steps)
     return step, lambda: create_state(params, rest, optimizer)
+
+
+def group_of(module: Any) -> Callable[[str], Group]:
+    """Return the groups of a generator, or the usual ones of a tokenizer."""
+    return getattr(module, "group", usual_group)
 
 
 def traced_step(module: Any, training: TrainingConfig, batch: dict[str, Any]) -> tuple[TrainState, Any]:
@@ -71,7 +81,7 @@ def traced_step(module: Any, training: TrainingConfig, batch: dict[str, Any]) ->
     static, parameters, rest = functional(module)
 
     def run(parameters: Any, rest: Any, batch: Any) -> Any:
-        step, start = train_step(static, training, parameters, rest)
+        step, start = train_step(static, training, parameters, rest, group_of(module))
         state = start()
         return state, step(state, batch, jax.random.key(0))
 
@@ -96,26 +106,24 @@ def test_a_recipe_traces_through_both_stages_and_sampling(recipe):
     assert {leaf.dtype for leaf in state["params"].values()} == {jnp.dtype("float32")}
     assert metrics["loss"].shape == () and "psnr" in metrics
 
-    generator = nnx.eval_shape(lambda: build.build_generator(config, spec, CLASSES, rngs=Keys(0)))
-    assert generator.levels == derive.levels(config), "what the config said before"
+    generator = build.abstract_generator(config, spec, CLASSES)
+    assert generator.levels == kinds.levels(config), "what the config said before"
     training = config.generator_training
     _, metrics = traced_step(generator, training, generator_batch(spec, training.accumulation_steps))
     assert {f"loss/{level.name}" for level in spec.levels} <= set(metrics)
 
     static, *arrays = functional(generator)
     decoder, *weights = functional(objective.tokenizer)
-    plan = SamplingPlan(
-        derive.level_steps(config), config.sample.guidance_scale != 1.0, config.sample.guidance_schedule
-    )
+    sampling = kinds.sampling_of(config)
+    assert sampling.is_guided == (config.sample.guidance_scale != 1.0)
 
-    def generate(arrays: Any, weights: Any, labels: jax.Array) -> tuple[Tokens, jax.Array]:
+    def generate(arrays: Any, weights: Any, labels: jax.Array, sampling: Sampling) -> tuple[Any, jax.Array]:
         model = static.merge(*arrays)
-        settings = {"guidance_scale": 2.0, "temperature": 1.0, "coarse_temperature": 1.0}
-        levels = build.sampler(config)(model, labels, image_keys(0, jnp.arange(2)), plan, **settings)
-        tokens = model.to_tokens(levels)
+        tokens = model.to_tokens(sample(model, labels, image_keys(0, jnp.arange(2)), sampling))
         return tokens.levels, decoder.merge(*weights).decode(tokens)
 
-    levels, images = jax.eval_shape(generate, arrays, weights, jax.ShapeDtypeStruct((2,), jnp.int32))
+    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+    levels, images = jax.eval_shape(generate, arrays, weights, labels, traced(sampling))
     side = config.data.image_px
     assert (images.shape, images.dtype) == ((2, side, side, 3), jnp.float32)
     assert [level.shape[1] for level in levels] == [level.tokens for level in spec.levels]
@@ -126,15 +134,13 @@ def test_a_tiny_recipe_is_the_recipe_made_small(recipe):
     """It resolves, keeps what gives a recipe its character, and is small indeed."""
     config, tiny = load(recipe), load(f"{recipe},tiny")
     assert tiny.tokenizer.name == config.tokenizer.name and tiny.data.source == config.data.source
-    assert derive.tokens_per_level(tiny) == derive.tokens_per_level(config)
+    tokens, of_config = ({level.name: level.tokens for level in kinds.levels(one)} for one in (tiny, config))
+    assert tokens == of_config
     assert tiny.generator.patch_size == config.generator.patch_size
     assert dataclasses.astuple(tiny.generator.fine) == dataclasses.astuple(config.generator.fine)
     assert tiny.tokenizer_training.steps <= 10 and tiny.generator_training.steps <= 10
-    module = nnx.eval_shape(
-        lambda: build.build_generator(
-            tiny, TokenizerSpec(tiny.data.image_px, derive.tokenizer_levels(tiny)), CLASSES, rngs=Keys(0)
-        )
-    )
+    spec = TokenizerSpec(tiny.data.image_px, derive.tokenizer_levels(tiny))
+    module = build.abstract_generator(tiny, spec, CLASSES)
     assert sum(leaf.size for leaf in functional(module)[1].values()) < 1_000_000
 
 
@@ -159,7 +165,8 @@ def test_a_tiny_recipe_trains_both_stages(recipe):
 
 
 def run_two_updates(static: Functional, parameters: Any, rest: Any, training: TrainingConfig, batch: Any) -> None:
-    step, start = train_step(static, training, parameters, rest)
+    group = group_of(static.merge(parameters, rest))
+    step, start = train_step(static, training, parameters, rest, group)
     compiled, state = jax.jit(step, compiler_options=QUICK), start()
     for _ in range(2):
         state, metrics = compiled(state, batch, jax.random.key(0))

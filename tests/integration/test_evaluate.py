@@ -22,6 +22,7 @@ from tiny import differing, one_device_mesh, quick_compilation, random_model, ti
 
 from ear_jax.config import read
 from ear_jax.config.derive import stage_lengths
+from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import SAMPLE_METRICS, Config
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import Subset
@@ -108,6 +109,8 @@ def test_a_model_is_evaluated_with_its_protocol(workdir):
     assert protocol.features.network_digest == result["protocol"]["judge_weights_sha256"]
     assert sampling is not None and sampling.use_ema and sampling.steps == (2, 1) and sampling.seed == 0
     assert sampling.temperature == (1.0, 1.0) and len(sampling.model) == 16
+    options = sampling_of(CONFIG).record()
+    assert {name: result["protocol"][name] for name in options} == options and options["steps"] == [2, 1]
 
 
 def test_nothing_is_measured_twice_and_other_settings_are_measured(workdir, model, capsys):

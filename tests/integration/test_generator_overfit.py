@@ -9,8 +9,9 @@ from integration.tiny import tiny_config
 from random_weights import random_weights
 
 from ear_jax import build
-from ear_jax.generators.masked_sampler import SamplingPlan, image_keys, sample_levels
+from ear_jax.generators.kind import image_keys, sample
 from ear_jax.levels import LevelSpec, TokenizerSpec
+from ear_jax.sampling import Sampling
 from ear_jax.types import Tokens
 
 CLASSES = 6
@@ -74,12 +75,11 @@ def test_both_levels_are_learned(trained):
 def test_sampling_with_the_true_class_gives_the_batch_back(trained, batch):
     generator, _ = trained
     labels = jnp.asarray([3, 0, 5, 1])
-    plan = SamplingPlan((3, 2), use_guidance=False, guidance_schedule="linear")
+    sampling = Sampling((3, 2), guidance_schedule="linear")
 
     @jax.jit
     def draw(labels: jax.Array, keys: jax.Array) -> Tokens:
-        settings = {"guidance_scale": 1.0, "temperature": 1.0, "coarse_temperature": 1.0}
-        return generator.to_tokens(sample_levels(generator, labels, keys, plan, **settings))
+        return generator.to_tokens(sample(generator, labels, keys, sampling))
 
     tokens = draw(labels, image_keys(0, jnp.arange(len(labels))))
     np.testing.assert_array_equal(tokens.coarse, batch["level_0"][labels])

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ def model(folder: Path) -> Pipeline:
 
 
 def programs_compiled(model: Pipeline) -> int:
-    return sum(program._cache_size() for name, program in model._programs.items() if name[0] == "sample")
+    sample: Any = model.programs.sample
+    return sample._cache_size()
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
@@ -123,10 +125,10 @@ def test_labels_that_are_no_class_are_all_named(model, labels, named):
 
 
 def test_steps_are_checked_against_the_levels(model):
-    assert model.steps_of_levels() == (2, 1)
-    assert model.steps_of_levels(3) == (3, 3)
-    assert model.steps_of_levels(12) == (4, 12), "no level has more passes than tokens"
-    assert model.steps_of_levels([4, 16]) == (4, 16)
+    assert model.sampling().steps == (2, 1)
+    assert model.sampling(steps=3).steps == (3, 3)
+    assert model.sampling(steps=12).steps == (4, 12), "no level has more passes than tokens"
+    assert model.sampling(steps=[4, 16]).steps == (4, 16)
     for steps in (0, -1, [1], [1, 2, 3], [0, 1], [5, 1], [1, 17], [True, 1]):
         with pytest.raises(ConfigError, match="steps="):
             model.sample([0], steps=steps)
@@ -204,6 +206,9 @@ def test_a_tokenizer_alone_reconstructs_but_does_not_sample(folder):
     alone = Pipeline(read.from_dict(stored.config_dict), stored.class_names, {"tokenizer": stored.tensors["tokenizer"]})
     with pytest.raises(ConfigError, match="holds a tokenizer only"):
         alone.sample([0])
+    assert not alone.has_generator and alone.parameters == sum(a.size for a in stored.tensors["tokenizer"].values())
+    images = np.random.default_rng(0).integers(0, 256, (2, PX, PX, 3), np.uint8)
+    assert alone.decode(alone.encode(images)).shape == images.shape
 
 
 def test_weights_of_another_model_are_named(folder):

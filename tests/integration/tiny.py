@@ -20,8 +20,7 @@ from random_weights import random_weights
 
 from ear_jax import build
 from ear_jax.config import read
-from ear_jax.config.derive import stage_lengths
-from ear_jax.config.kinds import levels
+from ear_jax.config.derive import stage_lengths, tokenizer_levels
 from ear_jax.config.schema import (
     BackboneConfig,
     CoarseConfig,
@@ -47,10 +46,11 @@ from ear_jax.data.loader import Loader
 from ear_jax.data.open import open_split
 from ear_jax.distributed.mesh import make_mesh
 from ear_jax.folders import model_folder
-from ear_jax.levels import LevelSpec, TokenizerSpec
+from ear_jax.levels import TokenizerSpec
 from ear_jax.training import ledger, loop
 from ear_jax.training.optim import resolve
 from ear_jax.training.step import TrainState
+from ear_jax.types import usual_group
 
 TRAINING = TrainingConfig(
     batch_size=8,
@@ -139,7 +139,7 @@ def one_device_mesh(**_: int) -> Mesh:
 
 def write_latents(config: Config, folder: Path) -> None:
     """Write a cache of random tokens of the recipe's levels, one row an image."""
-    specs = tuple(LevelSpec(level.name, level.grid, level.kind, level.size) for level in levels(config))
+    specs = tokenizer_levels(config)
     names = tuple(f"class {number}" for number in range(config.data.shapes.classes))
     description = CacheDescription(config.data.shapes.images, specs, names, "random", "float32")
     random = np.random.default_rng(0)
@@ -163,6 +163,7 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
     """Return a run of a stage in a folder; the generator's tokens are random. The caller closes ledger and loader."""
     if stage == "tokenizer":
         source, settings = open_split(config.data, "train", seed=config.seed), config.tokenizer_training
+        group = usual_group
 
         def create(rngs: nnx.Rngs) -> nnx.Module:
             return build.build_tokenizer_objective(config, rngs=rngs)
@@ -172,6 +173,7 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
             write_latents(config, latents)
         source, settings = LatentsSource(latents), config.generator_training
         spec = TokenizerSpec(config.data.image_px, source.levels)
+        group = build.abstract_generator(config, spec, len(source.class_names)).group
 
         def create(rngs: nnx.Rngs) -> nnx.Module:
             return build.build_generator(config, spec, len(source.class_names), rngs=rngs)
@@ -182,6 +184,7 @@ def stage_run(stage: str, config: Config, folder: Path, mesh: Mesh) -> loop.Stag
         config_dict=read.to_dict(config),
         settings=settings,
         recipe=resolve(settings, stage_lengths(settings, len(source))),
+        group=group,
         create=create,
         loader=Loader(source, batch_size=settings.batch_size, seed=config.seed, use_flip=True, prefetch_batches=2),
         mesh=mesh,

@@ -11,10 +11,11 @@ from parity.apply_entries import to_ours
 from parity.golden import Golden
 
 from ear_jax.backbones.masked import MaskedBackbone
-from ear_jax.generators.masked import Generator, LevelPlan
+from ear_jax.generators.masked import LevelPlan, MaskedGenerator
 from ear_jax.heads.energy import EnergyHead
 from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Functional, Keys, functional
+from ear_jax.nn.transformer import Trunk
 from ear_jax.types import Tokens
 from ear_jax.weights.families.ear import entries
 
@@ -47,15 +48,17 @@ class EarCase:
     def _functional(self, alpha: float = 1.0, repeats: int = 1) -> tuple[Functional, Any]:
         config = self.config
 
-        def create() -> Generator:
+        def create() -> MaskedGenerator:
             rngs = Keys(0)
             backbone = MaskedBackbone(
+                Trunk(
+                    width=config["decoder_embed_dim"],
+                    depth=config["decoder_depth"],
+                    heads=config["decoder_num_heads"],
+                    mlp_ratio=config.get("mlp_ratio", 4),
+                ),
                 levels=(self.level,),
                 classes=config["class_num"],
-                width=config["decoder_embed_dim"],
-                depth=config["decoder_depth"],
-                heads=config["decoder_num_heads"],
-                mlp_ratio=config.get("mlp_ratio", 4),
                 class_tokens=config["buffer_size"],
                 rngs=rngs,
             )
@@ -72,20 +75,20 @@ class EarCase:
                 rngs=rngs,
             )
             plan = LevelPlan(self.level, "truncated_normal", 0.7, 0.25, 0.0, 1.0)
-            return Generator(
+            return MaskedGenerator(
                 backbone=backbone, heads=[head], plans=(plan,), patch_size=config["patch_size"], label_drop=0.1
             )
 
         static, shapes, _ = functional(nnx.eval_shape(create))
         return static, shapes
 
-    def generator(self, arrays: Any, noise_BNZ: jax.Array | None = None, **options: Any) -> Generator:
+    def generator(self, arrays: Any, noise_BNZ: jax.Array | None = None, **options: Any) -> MaskedGenerator:
         """Return the generator around arrays; `noise_BNZ` is what its head samples with."""
         if noise_BNZ is None:
             noise_BNZ = jnp.zeros((self.config["batch"], self.level.tokens, self.config["noise_channels"]))
         return self.static(**options).merge(arrays, {"heads/0/noise_BNZ": noise_BNZ})
 
-    def levels(self, generator: Generator, images: jax.Array) -> tuple[jax.Array, ...]:
+    def levels(self, generator: MaskedGenerator, images: jax.Array) -> tuple[jax.Array, ...]:
         """Return the levels of an NCHW latent."""
         return generator.to_levels(Tokens((rows(images),)))
 

@@ -14,12 +14,13 @@ from parity.golden import Golden
 
 from ear_jax.backbones.dit import DiT
 from ear_jax.generators.diffusion import DiffusionGenerator, denoise_level, denoiser
-from ear_jax.nn.patches import patchify, unpatchify
-from ear_jax.generators.masked_sampler import SamplingPlan
 from ear_jax.levels import LevelSpec
 from ear_jax.nn import diffusion
 from ear_jax.nn.functional import Keys, functional
 from ear_jax.nn.layers import sincos_positions
+from ear_jax.nn.patches import patchify, unpatchify
+from ear_jax.nn.transformer import Trunk
+from ear_jax.sampling import Sampling
 from ear_jax.weights.families.dit import entries
 
 SCHEDULE, TRAIN_STEPS = "linear", 1000
@@ -43,12 +44,14 @@ class Case:
 
         def create(sampler: str) -> DiffusionGenerator:
             backbone = DiT(
+                Trunk(
+                    width=config["hidden_size"],
+                    depth=config["depth"],
+                    heads=config["num_heads"],
+                    mlp_ratio=config["mlp_ratio"],
+                ),
                 level=level,
                 classes=config["num_classes"],
-                width=config["hidden_size"],
-                depth=config["depth"],
-                heads=config["num_heads"],
-                mlp_ratio=config["mlp_ratio"],
                 rngs=Keys(0),
             )
             return DiffusionGenerator(backbone=backbone, level=level, patch_size=self.patch, sampler=sampler)
@@ -86,7 +89,7 @@ def test_weights_survive_the_round_trip_bit_by_bit(case):
 
 
 def network_outputs(case: Case, arrays: Any, inputs: Any) -> dict[str, jax.Array]:
-    generator = case.static["ddpm"].merge(arrays, {})
+    generator = case.static["ddpm"].merge(arrays)
     backbone = generator.backbone
     x, t, labels, noise = case.to_tokens(inputs["x"]), inputs["t"], inputs["y"], case.to_tokens(inputs["noise"])
     keep, drop = jnp.zeros(t.shape, bool), jnp.ones(t.shape, bool)
@@ -97,7 +100,7 @@ def network_outputs(case: Case, arrays: Any, inputs: Any) -> dict[str, jax.Array
         "forward_null": case.to_maps(unconditional),
         "t_embed": backbone.time(t),
         "patch_embed": backbone.project(x),
-        "pos_embed": jnp.asarray(sincos_positions(backbone.level.grid, backbone.width))[None],
+        "pos_embed": jnp.asarray(sincos_positions(backbone.level.grid, backbone.trunk.width))[None],
         "mse": error,
         "vb": bound,
         "loss": error + bound,
@@ -122,9 +125,9 @@ def sampled_outputs(case: Case, arrays: Any, inputs: Any) -> dict[str, jax.Array
 
     def run(sampler: str, scale: float, **options: Any) -> tuple[jax.Array, jax.Array]:
         """The drawn maps and the state after each step."""
-        generator = case.static[sampler].merge(arrays, {})
-        plan = SamplingPlan((case.steps,), use_guidance=scale != 1.0, guidance_schedule="constant")
-        process, denoise = generator.process(case.steps), denoiser(generator, labels, plan, scale)
+        generator = case.static[sampler].merge(arrays)
+        sampling = Sampling((case.steps,), guidance_scale=scale, guidance_schedule="constant")
+        process, denoise = generator.process(case.steps), denoiser(generator, labels, sampling)
 
         def step(state: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
             output, noise = denoise(state, step), noise_at(step)
@@ -132,7 +135,7 @@ def sampled_outputs(case: Case, arrays: Any, inputs: Any) -> dict[str, jax.Array
             return state, state
 
         _, states = jax.lax.scan(step, start, jnp.arange(case.steps)[::-1])
-        drawn = states[-1] if options else denoise_level(generator, denoise, start, noise_at, plan)
+        drawn = states[-1] if options else denoise_level(generator, denoise, start, noise_at, sampling)
         return case.to_maps(drawn), jnp.stack([case.to_maps(state) for state in states])
 
     found = {}

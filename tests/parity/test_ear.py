@@ -13,11 +13,11 @@ from parity.golden import Golden
 
 from ear_jax.config.derive import StageLengths
 from ear_jax.generators import guidance
-from ear_jax.nn.patches import patchify, unpatchify
 from ear_jax.generators.masked_sampler import fill_level
 from ear_jax.generators.masking import mask_first, masked_after_steps
 from ear_jax.heads.energy import energy_score
-from ear_jax.training.optim import Recipe, is_decayed, is_head_matrix, learning_rate
+from ear_jax.nn.patches import patchify, unpatchify
+from ear_jax.training.optim import Recipe, learning_rate
 
 NUMBER = r"([\d.]+)"
 HEAD = rf"a_(eval|train)_T{NUMBER}"
@@ -187,18 +187,19 @@ def test_sampling_for_every_number_of_steps_scale_and_schedule(case, arrays, inp
     ranks = ranks_of(inputs["e_orders"])
     keys = jax.random.split(jax.random.key(0), len(ranks))
 
-    @lambda run: jax.jit(run, static_argnums=0)
-    def draw(use_guidance, arrays, masked_after, shares, scale, temperature):
+    @jax.jit
+    def draw(arrays, masked_after, shares, scale, temperature):
         generator = case.generator(arrays, inputs["e_u"] - 0.5)
         level = fill_level(
-            generator,
+            generator.backbone,
+            generator.heads[0],
+            case.level,
             (),
             inputs["e_labels"],
             keys,
             ranks,
             masked_after,
             shares,
-            use_guidance=use_guidance,
             guidance_scale=scale,
             temperature=temperature,
         )
@@ -218,7 +219,8 @@ def test_sampling_for_every_number_of_steps_scale_and_schedule(case, arrays, inp
             table = np.concatenate([table[:stop], np.full(steps - stop, table[stop - 1] if stop else tokens, np.int32)])
         table = np.pad(table, (0, longest - steps), mode="edge")
         shares = np.pad(shares, (0, longest - steps), mode="edge")
-        return draw(scale != 1.0, arrays, jnp.asarray(table), jnp.asarray(shares), scale, temperature)
+        guided = None if scale == 1.0 else scale
+        return draw(arrays, jnp.asarray(table), jnp.asarray(shares), guided, temperature)
 
     for name, (kind, steps, scale, schedule) in wanted:
         settings = int(steps), float(scale), schedule
@@ -249,8 +251,9 @@ def test_optimiser_groups_and_learning_rates(case):
     rules = case.golden.json["param_groups"]
     multiplier = case.golden.json["lr_schedule"]["score_lrscale"]
     wanted = {name: (group["weight_decay"] > 0, group["lr_scale"]) for group in rules for name in group["params"]}
+    groups = {name: case.generator(case.arrays).group(name) for name in case.arrays}
     found = {
-        name: (is_decayed(ours), multiplier if is_head_matrix(ours) else 1.0)
+        name: (groups[ours].decays, multiplier if groups[ours].is_head else 1.0)
         for entry in case.entries
         for name in entry.theirs
         for ours in entry.ours

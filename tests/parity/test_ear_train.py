@@ -67,7 +67,7 @@ def test_parameters_after_each_update(goldens):
     static, params, rest = functional(Replay(model))
     assert set(params) == set(case.arrays), "the groups go by the generator's names"
     recipe = recipe_of(config)
-    optimizer = make_optimizer(recipe)
+    optimizer = make_optimizer(recipe, model.group)
     state = jax.jit(lambda p, r: create_state(p, r, optimizer))(params, rest)
     step = jax.jit(make_train_step(static, optimizer, recipe))
 

@@ -14,14 +14,14 @@ from parity.golden import Golden
 
 from ear_jax.backbones.mar import MarBackbone
 from ear_jax.generators import guidance
-from ear_jax.generators.masked import Generator, LevelPlan
-from ear_jax.nn.patches import patchify
+from ear_jax.generators.masked import LevelPlan, MaskedGenerator
 from ear_jax.generators.masked_sampler import fill_level
 from ear_jax.generators.masking import mask_first, masked_after_steps
 from ear_jax.heads.diffusion import DiffusionHead
 from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Keys, functional
-from ear_jax.training.optim import is_decayed
+from ear_jax.nn.patches import patchify
+from ear_jax.nn.transformer import Trunk
 from ear_jax.types import Tokens
 from ear_jax.weights.families.mar import entries
 
@@ -73,16 +73,18 @@ class MarCase:
         converted = to_ours(self.entries, golden.params, shapes)
         self.arrays = {name: jnp.asarray(array) for name, array in converted.items()}
 
-    def _create(self) -> Generator:
+    def _create(self) -> MaskedGenerator:
         config, rngs = self.config, Keys(0)
         backbone = MarBackbone(
+            Trunk(
+                width=config["encoder_embed_dim"],
+                depth=config["decoder_depth"],
+                heads=config["encoder_num_heads"],
+                mlp_ratio=config["mlp_ratio"],
+            ),
             levels=(self.level,),
             classes=config["class_num"],
-            width=config["encoder_embed_dim"],
-            depth=config["decoder_depth"],
             encoder_depth=config["encoder_depth"],
-            heads=config["encoder_num_heads"],
-            mlp_ratio=config["mlp_ratio"],
             class_tokens=config["buffer_size"],
             rngs=rngs,
         )
@@ -98,11 +100,11 @@ class MarCase:
             rngs=rngs,
         )
         plan = LevelPlan(self.level, "truncated_normal", config["mask_ratio_min"], 0.25, 0.0, 1.0)
-        return Generator(
+        return MaskedGenerator(
             backbone=backbone, heads=[head], plans=(plan,), patch_size=config["patch_size"], label_drop=0.1
         )
 
-    def generator(self, arrays: Any) -> Generator:
+    def generator(self, arrays: Any) -> MaskedGenerator:
         noise = {"heads/0/start_BND": self.inputs["init_noise"], "heads/0/noise_SBND": self.inputs["step_noise"]}
         return self.static.merge(arrays, noise)
 
@@ -133,12 +135,13 @@ def test_weights_survive_the_round_trip_bit_by_bit(case):
 
 
 def test_weight_decay_leaves_out_vectors_biases_and_the_head(case):
+    generator = case.generator(case.arrays)
     for entry in case.entries:
         for theirs in entry.theirs:
             array = case.golden.params[theirs]
             excluded = array.ndim == 1 or theirs.endswith(".bias") or "diffloss" in theirs
             for ours in entry.ours:
-                assert is_decayed(ours) != excluded, (theirs, ours)
+                assert generator.group(ours).decays != excluded, (theirs, ours)
 
 
 def training_loss(case: MarCase, most_visible: int | None, arrays: Any, count: Any, drop: Any) -> tuple[jax.Array, Any]:
@@ -201,18 +204,19 @@ def test_sampling_for_every_number_of_steps_scale_and_schedule(case):
     wanted = outputs(case, SAMPLES)
     longest = max(int(steps) for _, (steps, _, _) in wanted)
 
-    @lambda run: jax.jit(run, static_argnums=0)
-    def draw(use_guidance, arrays, masked_after, shares, scale):
+    @jax.jit
+    def draw(arrays, masked_after, shares, scale):
         generator = case.generator(arrays)
         level = fill_level(
-            generator,
+            generator.backbone,
+            generator.heads[0],
+            case.level,
             (),
             inputs["labels"],
             keys,
             ranks,
             masked_after,
             shares,
-            use_guidance=use_guidance,
             guidance_scale=scale,
             temperature=case.config["temperature"],
         )
@@ -223,7 +227,8 @@ def test_sampling_for_every_number_of_steps_scale_and_schedule(case):
         shares = guidance.growth(table, tokens, schedule)
         # Steps that draw nothing fill up the program's length, so that one is compiled for all.
         inputs_T = [jnp.asarray(np.pad(values, (0, longest - int(steps)), mode="edge")) for values in (table, shares)]
-        case.golden.check(name, draw(float(scale) != 1.0, case.arrays, *inputs_T, float(scale)))
+        guided = None if float(scale) == 1.0 else float(scale)
+        case.golden.check(name, draw(case.arrays, *inputs_T, guided))
     for name, (steps,) in outputs(case, STEPS):
         case.golden.check(name, np.maximum(masked_after_steps(tokens, int(steps)), 1))
 

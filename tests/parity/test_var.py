@@ -16,11 +16,12 @@ from quick import QUICK
 
 from ear_jax.backbones.next_scale import NextScaleBackbone
 from ear_jax.generators.guidance import filter_logits
-from ear_jax.generators.masked_sampler import SamplingPlan
 from ear_jax.generators.next_scale import FrozenVariable, NextScaleGenerator, draw_scales
 from ear_jax.heads.softmax import SoftmaxHead
 from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.transformer import Trunk
+from ear_jax.sampling import Sampling
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
 from ear_jax.tokenizers.vqvae import VQVAE
 from ear_jax.weights.families import vqvae
@@ -55,13 +56,15 @@ class Case:
 
         def create() -> NextScaleGenerator:
             backbone = NextScaleBackbone(
+                Trunk(
+                    width=config["embed_dim"],
+                    depth=config["depth"],
+                    heads=config["num_heads"],
+                    mlp_ratio=config["mlp_ratio"],
+                ),
                 scales=self.scales,
                 input_channels=config["z_channels"],
                 classes=config["num_classes"],
-                width=config["embed_dim"],
-                depth=config["depth"],
-                heads=config["num_heads"],
-                mlp_ratio=config["mlp_ratio"],
                 use_unit_attention=config["attn_l2_norm"],
                 use_shared_modulation=config["shared_aln"],
                 rngs=Keys(0),
@@ -105,9 +108,10 @@ class Case:
     def drawn(self, arrays: Any, inputs: Any, scale: jax.Array) -> dict[str, jax.Array]:
         """Greedy generation at a guidance scale."""
         generator, labels = self.static.merge(*arrays), inputs["label"]
-        plan = SamplingPlan((1,) * len(self.scales), use_guidance=True, guidance_schedule="linear")
+        steps = (1,) * len(self.scales)
+        sampling = Sampling(steps, guidance_scale=scale, guidance_schedule="linear", coarse_temperature=0.0)
         keys = jax.random.split(jax.random.key(0), len(labels))
-        ids, logits = draw_scales(generator, labels, keys, plan, guidance_scale=scale, coarse_temperature=0.0)
+        ids, logits = draw_scales(generator, labels, keys, sampling)
         f_hat = generator.quantiser.running_maps(ids)[-1]
         return {
             **{f"ar_idx_{k}": level for k, level in enumerate(ids)},

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import pytest
 
-from ear_jax.config import derive, read
+from ear_jax.config import derive, kinds, read
 from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.config.values import flatten, leaves
 from ear_jax.errors import ConfigError
@@ -258,10 +258,15 @@ def test_a_tokenizer_without_coarse_levels_is_not_held_to_them() -> None:
 # Derived sizes
 
 
+def tokens_per_level(config: Config) -> dict[str, int]:
+    """Return the number of tokens of each level of the generator by its name."""
+    return {level.name: level.tokens for level in kinds.levels(config)}
+
+
 def test_a_scale_takes_no_more_passes_than_it_has_tokens() -> None:
     config = read.resolve(SOUND, list((SCALES | {"generator.coarse.steps": "8"}).items()))
-    assert derive.level_steps(config) == (1, 4, 8)
-    assert derive.level_steps(config, coarse_steps=3) == (1, 3, 3)
+    assert kinds.level_steps(config) == (1, 4, 8)
+    assert kinds.level_steps(config, coarse_steps=3) == (1, 3, 3)
 
 
 def test_levels_follow_from_the_config() -> None:
@@ -276,8 +281,8 @@ def test_levels_follow_from_the_config() -> None:
         )
     )
     assert derive.latent_grid(config) == 32
-    assert derive.tokens_per_level(config) == {"coarse_4": 16, "coarse_8": 64, "fine": 256}
-    assert [level.size for level in derive.levels(config)] == [1024, 1024, 128]
+    assert tokens_per_level(config) == {"coarse_4": 16, "coarse_8": 64, "fine": 256}
+    assert [level.size for level in kinds.levels(config)] == [1024, 1024, 128]
 
 
 def test_stage_lengths_of_the_published_recipe() -> None:
@@ -349,7 +354,7 @@ def test_every_recipe_resolves(reference: str, modifier: str) -> None:
     full = read.resolve(read.load(reference)[0])
     if modifier:
         assert config.tokenizer_training.steps <= 4 and config.generator.backbone.width <= 64
-        assert derive.levels(config) == derive.levels(full), "tiny must not change what is modelled"
+        assert kinds.levels(config) == kinds.levels(full), "tiny must not change what is modelled"
         assert config.tokenizer.loss.l1 == full.tokenizer.loss.l1
     assert read.from_dict(read.to_dict(config)) == config
 
@@ -357,7 +362,7 @@ def test_every_recipe_resolves(reference: str, modifier: str) -> None:
 def test_the_published_recipe_is_complete() -> None:
     config = read.resolve(read.load("configs/lite_hybrid.py:imagenet256")[0])
     training = config.generator_training
-    assert derive.tokens_per_level(config) == {"coarse": 16, "fine": 256}
+    assert tokens_per_level(config) == {"coarse": 16, "fine": 256}
     assert config.tokenizer.coarse.codes == 1024
     assert config.tokenizer.vae.latent_channels == 32
     assert (training.epochs, training.final_phase_epochs, training.warmup_epochs) == (800, 50, 100)
@@ -374,7 +379,7 @@ def test_sequences_stay_short_at_any_resolution() -> None:
     for pixels in (256, 512, 1024):
         config = read.resolve(read.load(f"configs/lite_hybrid.py:imagenet{pixels}")[0])
         assert config.data.image_px == pixels
-        assert sum(derive.tokens_per_level(config).values()) <= 16 + 64 + 256
+        assert sum(tokens_per_level(config).values()) <= 16 + 64 + 256
 
 
 def test_wrong_references_list_what_there_is(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What every tokenizer, backbone, head and data source must do, run over every entry of the registries.
 
-A part that is newly registered in `build.py` (or in `data/sources.py`) is tested here without a line of this file
-being changed: tokenizers and backbones are chosen by name in the tiny recipe, heads by name from `build.HEADS`. Only a
-new kind of data source needs an entry in `MAKE_SOURCE`, which says how to make a tiny one; without it, its test fails.
+A part that is newly registered in `build.py` (or in `data/open.py`) is tested here without a line of this file
+being changed: tokenizers, backbones and kinds of generator are chosen by name in the tiny recipe, heads by name from
+`build.HEADS`. Only a new kind of data source needs an entry in `MAKE_SOURCE`, which says how to make a tiny one;
+without it, its test fails.
 """
 
 import dataclasses
@@ -18,18 +19,20 @@ import pytest
 from flax import nnx
 from integration.tiny import tiny_config
 from PIL import Image
+from quick import QUICK
 from random_weights import random_module, random_weights
 
 from ear_jax import build
-from ear_jax.config import derive
+from ear_jax.config import derive, kinds
 from ear_jax.config.schema import Config, DataConfig, ShapesConfig
 from ear_jax.config.values import leaves
-from ear_jax.data.open import open_split
+from ear_jax.data.open import SOURCES, open_split
 from ear_jax.data.sources import SplitSource
 from ear_jax.errors import ConfigError
+from ear_jax.generators.kind import Generator, image_keys, sample
 from ear_jax.levels import LevelSpec
-from ear_jax.nn.functional import Keys, arrays_of, functional
-from ear_jax.types import Tokens
+from ear_jax.nn.functional import Keys, arrays_of, functional, merged_arrays, signature
+from ear_jax.types import Group, Posterior, Tokens, cached_batch
 
 IMAGE_PX, CLASSES, BATCH = 16, 4, 3
 COARSE, FINE = LevelSpec("coarse", 2, "discrete", 8), LevelSpec("fine", 3, "continuous", 5)
@@ -40,7 +43,7 @@ FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 def test_the_schema_offers_exactly_what_is_registered():
     choices = {name: set(leaf.metadata["choices"]) for name, leaf in leaves().items() if leaf.metadata["choices"]}
     assert choices["tokenizer.name"] == set(build.TOKENIZERS)
-    assert choices["generator.backbone.name"] == set(build.GENERATORS) == set(build.SAMPLERS)
+    assert choices["generator.backbone.name"] == set(build.GENERATORS) == set(kinds.KINDS)
     assert {"softmax", *choices["generator.continuous_head"]} == set(build.HEADS)
     assert set(build.BACKBONES) <= set(build.GENERATORS)
 
@@ -60,9 +63,9 @@ class TokenizerCase:
         static, parameters, rest = functional(self.module)
         self.spec = self.module.spec
         self.arrays = {**parameters, **rest}
-        self.posterior = jax.jit(lambda arrays, images: static.merge(arrays, arrays).posterior(images))
-        self.decode = jax.jit(lambda arrays, tokens: static.merge(arrays, arrays).decode(tokens))
-        self.merge = lambda arrays: static.merge(arrays, arrays)
+        self.posterior = jax.jit(lambda arrays, images: static.merge(arrays).posterior(images))
+        self.decode = jax.jit(lambda arrays, tokens: static.merge(arrays).decode(tokens))
+        self.merge = lambda arrays: static.merge(arrays)
         self.encoded = self.posterior(self.arrays, self.images)
         self.decoded = self.decode(self.arrays, self.encoded.sample(None))
 
@@ -86,8 +89,8 @@ def tokenizer(request: pytest.FixtureRequest) -> TokenizerCase:
 def test_a_tokenizer_keeps_what_its_spec_says(tokenizer):
     spec, tokens = tokenizer.spec, tokenizer.encoded.sample(None)
     assert spec.image_px == IMAGE_PX and len(tokens.levels) == len(spec.levels)
-    kinds = [level.kind for level in spec.levels]
-    assert set(kinds[:-1]) <= {"discrete"}, "ids first, a continuous level only at the end"
+    of_levels = [level.kind for level in spec.levels]
+    assert set(of_levels[:-1]) <= {"discrete"}, "ids first, a continuous level only at the end"
     assert spec.levels == derive.tokenizer_levels(tokenizer.config), "what the config said before"
     assert len({level.name for level in spec.levels}) == len(spec.levels)
     assert all(a.grid <= b.grid for a, b in itertools.pairwise(spec.levels)), "coarsest first"
@@ -130,8 +133,7 @@ def test_latent_statistics_give_unit_scale_and_change_no_image(tokenizer):
     std = jnp.sqrt((raw.mean**2 + raw.std**2).mean((0, 1)) - mean**2)
     module = tokenizer.merge(tokenizer.arrays)
     module.set_latent_statistics(mean, std)
-    parameters, rest = arrays_of(module)
-    arrays = {**parameters, **rest}
+    arrays = merged_arrays(module)
     unit = tokenizer.posterior(arrays, tokenizer.images)
     np.testing.assert_allclose(unit.mean.mean((0, 1)), 0.0, atol=2e-3)
     np.testing.assert_allclose((unit.mean**2 + unit.std**2).mean((0, 1)), 1.0, atol=5e-3)
@@ -167,8 +169,7 @@ def test_images_do_not_see_each_other_in_a_tokenizer(tokenizer):
 @pytest.mark.parametrize("name", sorted(build.TOKENIZERS))
 def test_a_tokenizer_in_bfloat16_keeps_float32_outside(name):
     config = tiny_config(tokenizer__name=name, tokenizer_training__compute_dtype="bfloat16")
-    module = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
-    static, parameters, rest = functional(module)
+    static, parameters, rest = functional(build.abstract_tokenizer(config))
     assert {leaf.dtype for leaf in parameters.values()} == {jnp.dtype("float32")}
     images = jax.ShapeDtypeStruct((BATCH, IMAGE_PX, IMAGE_PX, 3), jnp.float32)
 
@@ -340,6 +341,193 @@ def test_a_head_in_bfloat16_computes_its_loss_in_float32(name):
         assert loss.dtype == jnp.float32
 
 
+# --- kinds of generator ----------------------------------------------------------------------------------------------
+
+
+def generator_config(name: str) -> Config:
+    """Return the tiny recipe of a kind, on the tokenizer of most kinds of levels that it can draw.
+
+    Patches of two latent pixels a side and a weight of the coarse level keep what is done with them from hiding.
+    """
+    fitting = []
+    for tokenizer in sorted(build.TOKENIZERS):
+        config = tiny_config(
+            tokenizer__name=tokenizer,
+            generator__backbone__name=name,
+            generator__patch_size=2,
+            generator__coarse__loss_weight=0.5,
+        )
+        if not list(kinds.KINDS[name].faults(config)):
+            levels = kinds.levels(config)
+            fitting.append((len({level.kind for level in levels}), -len(levels), len(fitting), config))
+    assert fitting, f"no tokenizer has levels that {name} can draw"
+    return max(fitting)[-1]
+
+
+@dataclasses.dataclass
+class GeneratorCase:
+    """A kind of generator with random weights (`at_start` are its own first ones), and its calls as programs."""
+
+    config: Config
+
+    def __post_init__(self) -> None:
+        self.abstract_tokenizer = build.abstract_tokenizer(self.config)
+        self.spec = self.abstract_tokenizer.spec
+
+        def make(keys: Keys) -> Any:
+            return build.build_generator(self.config, self.spec, CLASSES, rngs=keys)
+
+        static, self.parameters, self.rest = random_weights(make)
+        self.arrays = {**self.parameters, **self.rest}
+        self.module = static.merge(self.arrays)
+        self.levels = self.module.levels
+        self.at_start = jax.jit(lambda: arrays_of(make(Keys(0)))[0], compiler_options=QUICK)
+        self.gradient = jax.jit(
+            jax.value_and_grad(
+                lambda p, batch, rng: static.merge(p, self.rest).loss(batch, rng, jnp.int32(0), {}), has_aux=True
+            ),
+            compiler_options=QUICK,
+        )
+        self.draw = jax.jit(lambda *args: self.module.draw(*args), compiler_options=QUICK)
+        self.sampling = kinds.sampling_of(self.config, steps=3, guidance_scale=2.0, top_k=6, top_p=0.9)
+        self.tokens = Tokens(tuple(self._tokens(number) for number in range(len(self.spec.levels))))
+
+    def _tokens(self, number: int) -> jax.Array:
+        level, rng = self.spec.levels[number], np.random.default_rng(number)
+        if level.kind == "discrete":
+            return jnp.asarray(rng.integers(0, level.size, (BATCH, level.tokens)), jnp.int32)
+        return jnp.asarray(rng.normal(size=(BATCH, level.tokens, level.size)), jnp.float32)
+
+    def batch(self) -> dict[str, Any]:
+        """Return cached tokens as training reads them."""
+        ids = tuple(level for level in self.tokens.levels if level.ndim == 2)
+        std = None if self.tokens.fine is None else jnp.full_like(self.tokens.fine, 0.1)
+        named = {"label": jnp.arange(BATCH) % CLASSES, "index": jnp.arange(BATCH)}
+        return named | Posterior(ids, self.tokens.fine, std).to_batch()
+
+    def pieces(self, labels: Any, keys_B: jax.Array) -> list[tuple[jax.Array, ...]]:
+        """Draw all levels, piece after piece."""
+        found, labels_B = [], jnp.asarray(labels, jnp.int32)
+        while sum(map(len, found)) < len(self.levels):
+            found.append(self.draw(tuple(itertools.chain(*found)), labels_B, keys_B, self.sampling))
+            assert found[-1], "a draw adds a level at least"
+        return found
+
+    def drawn(self, labels: Any, keys_B: jax.Array) -> list[np.ndarray]:
+        """Return all levels."""
+        return [np.asarray(level) for level in itertools.chain(*self.pieces(labels, keys_B))]
+
+
+@pytest.fixture(scope="module", params=sorted(build.GENERATORS))
+def generator(request: pytest.FixtureRequest) -> GeneratorCase:
+    return GeneratorCase(generator_config(request.param))
+
+
+def test_a_generator_draws_the_levels_that_its_kind_says_before_jax(generator):
+    assert generator.levels == kinds.levels(generator.config)
+    assert len({level.name for level in generator.levels}) == len(generator.levels)
+    steps = kinds.level_steps(generator.config)
+    assert len(steps) == len(generator.levels) and min(steps) >= 1
+    abstract = build.abstract_generator(generator.config, generator.spec, CLASSES)
+    assert abstract.levels == generator.levels and signature(abstract) == signature(generator.module)
+    assert isinstance(generator.module, Generator)
+
+
+def test_tokens_become_levels_of_a_generator_and_come_back(generator):
+    levels = generator.module.to_levels(generator.tokens)
+    assert [level.shape for level in levels] == [(BATCH, *level.token_shape) for level in generator.levels]
+    tokens = generator.module.to_tokens(levels)
+    for found, wanted in zip(tokens.levels, generator.tokens.levels, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == wanted.dtype
+
+
+def test_a_generator_starts_with_a_finite_loss_and_gradients(generator):
+    shapes = {name: (leaf.shape, leaf.dtype.kind) for name, leaf in generator.batch().items()}
+    promised = cached_batch(generator.spec.levels, BATCH)
+    assert shapes == {name: (leaf.shape, leaf.dtype.kind) for name, leaf in promised.items()}
+    (loss, metrics), gradients = generator.gradient(generator.at_start(), generator.batch(), jax.random.key(0))
+    assert np.isfinite(loss) and (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert all(value.shape == () and np.isfinite(value) for value in metrics.values()), metrics
+    assert all(np.isfinite(leaf).all() for leaf in gradients.values())
+    assert max(np.abs(leaf).max() for leaf in gradients.values()) > 0
+
+
+def test_the_weighted_losses_of_a_generator_sum_to_its_loss(generator):
+    """And its random numbers are those of the key: the same one gives the same loss, another one another."""
+    run = lambda seed: generator.gradient(generator.parameters, generator.batch(), jax.random.key(seed))[0]  # noqa: E731
+    (loss, metrics), weights = run(0), generator.module.loss_weights
+    assert {f"loss/{level.name}" for level in generator.levels} <= set(metrics)
+    if weights:
+        assert {f"loss/{name}" for name in weights} == {name for name in metrics if name.startswith("loss/")}
+        total = sum(weight * float(metrics[f"loss/{name}"]) for name, weight in weights.items())
+        np.testing.assert_allclose(loss, total, rtol=1e-6)
+    assert run(0)[0] == loss and run(1)[0] != loss
+
+
+def test_a_generator_has_a_group_for_every_parameter(generator):
+    groups = {name: generator.module.group(name) for name in generator.parameters}
+    assert all(isinstance(group, Group) for group in groups.values())
+    assert any(group.decays for group in groups.values())
+    assert not [name for name, group in groups.items() if name.endswith(("/bias", "/scale")) and group.decays]
+    abstract = build.abstract_generator(generator.config, generator.spec, CLASSES)
+    assert {name: abstract.group(name) for name in groups} == groups, "shapes are enough to know it"
+
+
+def test_what_a_generator_freezes_is_the_tokenizers_and_no_parameter(generator):
+    of_tokenizer, of_generator = signature(generator.abstract_tokenizer), signature(generator.module)
+    assert isinstance(generator.module.frozen, tuple)
+    for beginning in generator.module.frozen:
+        names = {name for name in of_generator if name.startswith(beginning)}
+        assert names and names.isdisjoint(generator.parameters), beginning
+        assert {name: of_generator[name] for name in names} == {
+            name: shape for name, shape in of_tokenizer.items() if name.startswith(beginning)
+        }
+
+
+def test_draws_of_a_generator_one_after_the_other_give_all_its_levels(generator):
+    labels, keys_B = [0, 1, 0], image_keys(0, jnp.arange(BATCH))
+    drawn = generator.drawn(labels, keys_B)
+    for level, values in zip(generator.levels, drawn, strict=True):
+        assert values.shape == (BATCH, *level.token_shape) and np.isfinite(values).all()
+        if level.kind == "discrete":
+            assert values.dtype == np.int32 and (values >= 0).all() and (values < level.size).all()
+        else:
+            # A token left at its empty value would be exactly zero.
+            assert values.dtype == np.float32 and (np.abs(values).min(-1) > 0).all()
+    shapes = jax.eval_shape(
+        lambda keys: sample(generator.module, jnp.asarray(labels), keys, generator.sampling), keys_B
+    )
+    assert [(leaf.shape, leaf.dtype) for leaf in shapes] == [(values.shape, values.dtype) for values in drawn]
+    tokens = generator.module.to_tokens(tuple(map(jnp.asarray, drawn)))
+    assert [level.shape for level in tokens.levels] == [level.shape for level in generator.tokens.levels]
+
+
+def test_an_image_of_a_generator_depends_on_its_own_key_and_label_alone(generator):
+    def differ(first: list[np.ndarray], other: list[np.ndarray], row: int) -> bool:
+        return bool(np.abs(first[-1][row] - other[-1][row]).max() > 1e-3)
+
+    labels, keys_B = [0, 1, 0], image_keys(0, jnp.arange(BATCH))
+    drawn = generator.drawn(labels, keys_B)
+    assert differ(drawn, [level[::-1] for level in drawn], 0), "equal labels, other indices: other images"
+    others = generator.drawn([0, 2, 3], keys_B.at[1].set(jax.random.key(9)).at[2].set(keys_B[0]))
+    for level, other in zip(drawn, others, strict=True):
+        if level.dtype == np.int32:
+            np.testing.assert_array_equal(other[0], level[0])
+        else:
+            np.testing.assert_allclose(other[0], level[0], rtol=1e-4, atol=2e-5)
+    assert differ(drawn, others, 1) and differ(drawn, others, 2)
+    turned = generator.drawn(labels[::-1], keys_B[::-1])
+    for level, other in zip(drawn, turned, strict=True):
+        if level.dtype == np.int32:
+            np.testing.assert_array_equal(other[::-1], level)
+        else:
+            np.testing.assert_allclose(other[::-1], level, rtol=1e-4, atol=2e-5)
+    relabelled, reseeded = generator.drawn([1, 2, 3], keys_B), generator.drawn(labels, image_keys(1, jnp.arange(BATCH)))
+    assert any(differ(drawn, relabelled, row) for row in range(BATCH)), "labels matter"
+    assert all(differ(drawn, reseeded, row) for row in range(BATCH)), "and so does the seed"
+
+
 # --- data sources ----------------------------------------------------------------------------------------------------
 
 
@@ -366,7 +554,7 @@ MAKE_SOURCE: dict[str, Callable[[Path], DataConfig]] = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(build.SOURCES))
+@pytest.fixture(scope="module", params=sorted(SOURCES))
 def data_config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     assert request.param in MAKE_SOURCE, f"add to MAKE_SOURCE how to make a tiny {request.param!r} data set"
     config = MAKE_SOURCE[request.param](tmp_path_factory.mktemp(request.param))

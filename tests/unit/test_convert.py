@@ -21,7 +21,7 @@ from ear_jax.errors import ConfigError, DataError
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
 from ear_jax.main import main
-from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.functional import functional
 from ear_jax.weights import safetensors_file
 from ear_jax.weights.apply import ours_of, theirs_of, to_ours, to_theirs
 from ear_jax.weights.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
@@ -94,7 +94,7 @@ class Published:
 def published(family: str, seed: int = 0) -> Published:
     """Random weights of a tiny model of the family, in the family's names and layouts."""
     config = _config(family)
-    tokenizer = nnx.eval_shape(lambda: build.build_tokenizer(config, rngs=Keys(0)))
+    tokenizer = build.abstract_tokenizer(config)
     ours = _random(_shapes(tokenizer), seed)
     entries = registry.tokenizer_entries(config)
     for entry in entries:
@@ -103,7 +103,7 @@ def published(family: str, seed: int = 0) -> Published:
     theirs = to_theirs(ours, entries)
     if family == "hart":
         return Published(theirs, {})
-    generator = nnx.eval_shape(lambda: build.build_generator(config, tokenizer.spec, CLASSES, rngs=Keys(0)))
+    generator = build.abstract_generator(config, tokenizer.spec, CLASSES)
     return Published(theirs, _generator_file(config, _random(_shapes(generator), seed + 1)))
 
 

@@ -13,14 +13,15 @@ from flax import nnx
 from random_weights import random_module, random_weights
 
 from ear_jax.backbones.dit import DiT
-from ear_jax.config import derive, read
-from ear_jax.generators.diffusion import DiffusionGenerator, sample_diffusion
-from ear_jax.nn.patches import unpatchify
-from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
+from ear_jax.config import kinds, read
+from ear_jax.generators.diffusion import DiffusionGenerator
+from ear_jax.generators.kind import image_keys, sample
 from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Keys, functional
 from ear_jax.nn.layers import sincos_positions
-from ear_jax.types import Tokens
+from ear_jax.nn.patches import unpatchify
+from ear_jax.nn.transformer import Trunk
+from ear_jax.sampling import Sampling
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "dit.py"
 LEVEL = LevelSpec("fine", 2, "continuous", 12)
@@ -33,7 +34,7 @@ def make_generator(*, level: LevelSpec = LEVEL, **options: Any) -> Any:
     trunk |= {name: options.pop(name) for name in (*trunk, "use_scan", "use_remat", "dropout") if name in options}
 
     def create(rngs: Any) -> DiffusionGenerator:
-        backbone = DiT(level=level, classes=CLASSES, **trunk, rngs=rngs)
+        backbone = DiT(Trunk(**trunk), level=level, classes=CLASSES, rngs=rngs)
         settings = {"train_steps": 50, "guided_channels": 2, "label_drop": 0.1} | options
         return DiffusionGenerator(backbone=backbone, level=level, patch_size=PATCH, **settings)
 
@@ -46,9 +47,9 @@ def make_generator(*, level: LevelSpec = LEVEL, **options: Any) -> Any:
 def parameters_of(variant: str) -> tuple[LevelSpec, int, int]:
     """The level, the width and the number of parameters of a recipe's backbone."""
     config = read.resolve(read.load(f"{CONFIG}:{variant}")[0])
-    (level,), own = derive.levels(config), config.generator.backbone
-    sizes = {"width": own.width, "depth": own.depth, "heads": own.heads, "mlp_ratio": own.mlp_ratio}
-    module = nnx.eval_shape(lambda: DiT(level=level, classes=1000, **sizes, rngs=Keys(0)))
+    (level,), own = kinds.levels(config), config.generator.backbone
+    trunk = Trunk(width=own.width, depth=own.depth, heads=own.heads, mlp_ratio=own.mlp_ratio)
+    module = nnx.eval_shape(lambda: DiT(trunk, level=level, classes=1000, rngs=Keys(0)))
     return level, own.width, sum(leaf.size for leaf in functional(module)[1].values())
 
 
@@ -68,7 +69,7 @@ def test_every_variant_says_its_patch_size():
     for size, width in (("s", 384), ("b", 768), ("l", 1024), ("xl", 1152)):
         for patch, tokens in ((2, 256), (4, 64), (8, 16)):
             config = read.resolve(read.load(f"{CONFIG}:{size}{patch}")[0])
-            assert config.generator.backbone.width == width and derive.levels(config)[0].tokens == tokens
+            assert config.generator.backbone.width == width and kinds.levels(config)[0].tokens == tokens
 
 
 # --- backbone --------------------------------------------------------------------------------------------------------
@@ -139,14 +140,6 @@ def test_dropout_acts_with_a_key_only():
 # --- generator -------------------------------------------------------------------------------------------------------
 
 
-def test_levels_are_patches_and_come_back():
-    generator = nnx.eval_shape(lambda: make_generator()(Keys(0)))
-    pixels = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, 3)), jnp.float32)
-    levels = generator.to_levels(Tokens((pixels,)))
-    assert [level.shape for level in levels] == [(2, LEVEL.tokens, LEVEL.size)]
-    np.testing.assert_array_equal(generator.to_tokens(levels).fine, pixels)
-
-
 def test_unfit_settings_are_refused():
     refused = (
         (make_generator(guided_channels=4), "guided_channels=4 of 3 latent channels"),
@@ -183,9 +176,8 @@ def test_generator_learns_one_image_a_class_and_draws_it():
     def train_and_draw(parameters: Any, labels: jax.Array, keys: jax.Array) -> Any:
         start: Any = (parameters, optimizer.init(parameters))
         (parameters, _), metrics = jax.lax.scan(update, start, jnp.arange(count))
-        plan = SamplingPlan((50,), use_guidance=False, guidance_schedule="constant")
-        settings = {"guidance_scale": 1.0, "temperature": 1.0, "coarse_temperature": 1.0}
-        return sample_diffusion(static.merge(parameters, rest), labels, keys, plan, **settings)[0], metrics
+        sampling = Sampling((50,), guidance_schedule="constant")
+        return sample(static.merge(parameters, rest), labels, keys, sampling)[0], metrics
 
     labels = jnp.asarray([2, 0, 1, 2])
     drawn, metrics = train_and_draw(parameters, labels, image_keys(0, jnp.arange(4)))
@@ -196,21 +188,17 @@ def test_generator_learns_one_image_a_class_and_draws_it():
 
 
 @functools.cache
-def draw_program(sampler: str, use_guidance: bool, schedule: str = "constant") -> Any:
+def draw_program(sampler: str) -> Any:
     generator = random_module(make_generator(sampler=sampler))
-    plan = SamplingPlan((5,), use_guidance=use_guidance, guidance_schedule=schedule)
-
-    def draw(labels: jax.Array, keys: jax.Array, scale: float, temperature: float) -> jax.Array:
-        settings = {"guidance_scale": scale, "temperature": temperature, "coarse_temperature": 1.0}
-        return sample_diffusion(generator, labels, keys, plan, **settings)[0]
-
-    return jax.jit(draw)
+    return jax.jit(lambda labels, keys, sampling: sample(generator, labels, keys, sampling)[0])
 
 
 def draw(labels, indices, *, sampler="ddpm", scale=1.0, is_guided=False, seed=0, temperature=1.0, schedule="constant"):
-    """Sample tokens as numpy."""
-    run = draw_program(sampler, is_guided, schedule)
-    return np.asarray(run(jnp.asarray(labels), image_keys(seed, jnp.asarray(indices)), scale, temperature))
+    """Sample tokens as numpy; a guided draw has its unconditional branch at a scale of 1 too."""
+    guidance_scale = np.float32(scale) if is_guided else None
+    sampling = Sampling((5,), guidance_scale, schedule, temperature=temperature)
+    keys = image_keys(seed, jnp.asarray(indices))
+    return np.asarray(draw_program(sampler)(jnp.asarray(labels), keys, sampling))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -10,28 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from integration.tiny import tiny_config
 from random_weights import random_module
 
 from ear_jax import build
 from ear_jax.backbones.mar import MarBackbone
-from ear_jax.config import derive, read
+from ear_jax.config import derive, kinds, read
 from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
-from ear_jax.generators.masked import Generator, LevelPlan
-from ear_jax.generators.masked_sampler import (
-    SamplingPlan,
-    draw_tokens,
-    fill_level,
-    image_keys,
-    most_drawn,
-    sample_levels,
-)
+from ear_jax.generators.kind import image_keys, sample
+from ear_jax.generators.masked import LevelPlan, MaskedGenerator
+from ear_jax.generators.masked_sampler import draw_tokens, fill_level, most_drawn
 from ear_jax.generators.masking import least_masked, masked_after_steps, random_ranks, training_counts
 from ear_jax.heads.diffusion import DiffusionHead
 from ear_jax.levels import LevelSpec, TokenizerSpec
 from ear_jax.nn.functional import Keys, functional
+from ear_jax.nn.transformer import Trunk
+from ear_jax.sampling import Sampling
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KL16 = TokenizerSpec(256, (LevelSpec("fine", 16, "continuous", 16),))
@@ -55,7 +50,7 @@ def recipe(name: str) -> Config:
     ],
 )
 def test_a_named_size_has_the_published_number_of_parameters(name, millions, head_millions):
-    generator = nnx.eval_shape(lambda: build.build_generator(recipe(name), KL16, 1000, rngs=Keys(0)))
+    generator = build.abstract_generator(recipe(name), KL16, 1000)
     _, parameters, _ = functional(generator)
     digits = 2 if name.startswith("ear") else 1
 
@@ -70,7 +65,7 @@ def test_a_named_size_has_the_published_number_of_parameters(name, millions, hea
 def test_a_recipe_is_the_published_one(name):
     config, is_ear = recipe(name), name.startswith("ear")
     training = config.generator_training
-    assert derive.levels(config) == KL16.levels
+    assert kinds.levels(config) == KL16.levels
     assert derive.peak_learning_rate(training) == pytest.approx(8e-4)
     assert (training.epochs, training.warmup_epochs, training.clip_norm) == (800, 100, 3.0)
     assert (training.weight_decay, training.ema_decay) == (0.02, 0.9999)
@@ -84,14 +79,11 @@ def test_a_recipe_is_the_published_one(name):
 def backbone(dropout: float = 0.0) -> MarBackbone:
     def make(rngs: Keys) -> MarBackbone:
         return MarBackbone(
+            Trunk(width=16, depth=1, heads=2, dropout=dropout),
             levels=(FINE,),
             classes=3,
-            width=16,
-            depth=1,
             encoder_depth=1,
-            heads=2,
             class_tokens=2,
-            dropout=dropout,
             rngs=rngs,
         )
 
@@ -161,37 +153,38 @@ def test_no_image_in_training_shows_more_than_the_bound(distribution, low):
 
 
 @functools.cache
-def mar() -> Generator:
-    def make(rngs: Keys) -> Generator:
+def mar() -> MaskedGenerator:
+    def make(rngs: Keys) -> MaskedGenerator:
         head = DiffusionHead(
             hidden_width=16, channels=FINE.size, width=16, depth=1, sample_steps=4, repeats=2, rngs=rngs
         )
         plan = LevelPlan(FINE, "truncated_normal", 0.7, 0.25, 0.0, 1.0)
-        return Generator(backbone=backbone(), heads=[head], plans=(plan,), patch_size=1, label_drop=0.1)
+        return MaskedGenerator(backbone=backbone(), heads=[head], plans=(plan,), patch_size=1, label_drop=0.1)
 
     return random_module(make)
 
 
 @functools.cache
-def sampler(is_guided: bool):
-    generator, plan = mar(), SamplingPlan((3,), is_guided, "linear")
+def program():
+    """MAR's sampler as a compiled function (labels, keys, sampling)."""
+    generator = mar()
+    return jax.jit(lambda labels, keys, sampling: sample(generator, labels, keys, sampling)[0])
 
-    def run(labels: jax.Array, indices: jax.Array, scale: float) -> jax.Array:
-        settings = {"guidance_scale": scale, "temperature": 0.9, "coarse_temperature": 1.0}
-        return sample_levels(generator, labels, image_keys(0, indices), plan, **settings)[0]
 
-    return jax.jit(run)
+def draw(labels: list[int], indices: list[int], scale: float | None) -> np.ndarray:
+    """Sample tokens as numpy; no scale runs no unconditional branch, any number does."""
+    guidance_scale = None if scale is None else np.float32(scale)
+    sampling = Sampling((3,), guidance_scale=guidance_scale, guidance_schedule="linear", temperature=0.9)
+    return np.asarray(program()(jnp.asarray(labels), image_keys(0, jnp.asarray(indices)), sampling))
 
 
 def test_a_diffusion_head_is_guided_by_its_own_score():
-    labels, indices = jnp.asarray([0, 1, 2]), jnp.asarray([0, 1, 2])
-    plain = np.asarray(sampler(False)(labels, indices, 1.0))
-    guided = [np.asarray(sampler(True)(labels, indices, scale)) for scale in (1.0, 2.0)]
+    plain, *guided = (draw([0, 1, 2], [0, 1, 2], scale) for scale in (None, 1.0, 2.0))
     assert plain.shape == (3, FINE.tokens, FINE.size)
     limits: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3 * float(np.abs(plain).max())}
     np.testing.assert_allclose(guided[0], plain, **limits)
     assert np.abs(guided[1] - plain).max() > 10 * limits["atol"]
-    elsewhere = sampler(True)(jnp.asarray([2, 0, 0]), jnp.asarray([2, 7, 8]), 2.0)
+    elsewhere = draw([2, 0, 0], [2, 7, 8], 2.0)
     np.testing.assert_allclose(elsewhere[0], guided[1][2], **limits)
 
 
@@ -216,13 +209,13 @@ def test_a_head_that_sees_only_what_a_step_draws_draws_the_same():
     tokens, labels = spec.levels[0].tokens, jnp.asarray([0, 3, 1])
     table = masked_after_steps(tokens, 8)
     ranks = random_ranks(jax.random.split(jax.random.key(2), 3), tokens)
-    share = jnp.asarray(guidance.growth(table, tokens, "linear"))
+    share, keys = jnp.asarray(guidance.growth(table, tokens, "linear")), image_keys(0, jnp.arange(3))
 
     @functools.partial(jax.jit, static_argnums=0)
     def draw(most: int | None) -> jax.Array:
         return fill_level(
-            generator, (), labels, image_keys(0, jnp.arange(3)), ranks, jnp.asarray(table), share,
-            use_guidance=True, guidance_scale=2.0, temperature=0.0, most_drawn=most,
+            generator.backbone, generator.heads[0], generator.levels[0], (), labels, keys, ranks, jnp.asarray(table),
+            share, guidance_scale=2.0, temperature=0.0, most_drawn=most,
         )  # fmt: skip
 
     most = most_drawn(table, tokens)

@@ -1,5 +1,6 @@
 """VAR: what a token may see, cached against whole passes, sampling, filters, the loss and the published sizes."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,14 +14,14 @@ from random_weights import random_module
 
 from ear_jax.backbones.next_scale import NextScaleBackbone, block_causal_mask
 from ear_jax.generators.guidance import filter_logits
-from ear_jax.generators.masked_sampler import SamplingPlan, image_keys
-from ear_jax.generators.next_scale import FrozenVariable, NextScaleGenerator, draw_scales, growth, sample_scales
+from ear_jax.generators.kind import image_keys, sample
+from ear_jax.generators.next_scale import UNDECAYED, FrozenVariable, NextScaleGenerator, draw_scales, growth
 from ear_jax.heads.softmax import SoftmaxHead
 from ear_jax.nn.attention import unit_length
 from ear_jax.nn.functional import Keys, arrays_of, functional
-from ear_jax.nn.transformer import drop_path
+from ear_jax.nn.transformer import Trunk, drop_path
+from ear_jax.sampling import Sampling
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
-from ear_jax.training.optim import is_decayed
 from ear_jax.types import LevelSpec
 
 # Compiling takes far longer than running these sizes.
@@ -34,17 +35,14 @@ def create(
     rngs: nnx.Rngs, *, shared=False, unit=True, dropped=0.0, label_drop=0.5, use_scan=True, width=WIDTH
 ) -> NextScaleGenerator:
     backbone = NextScaleBackbone(
+        Trunk(width=width, depth=2, heads=2, use_scan=use_scan),
         scales=SCALES,
         input_channels=CHANNELS,
         classes=CLASSES,
-        width=width,
-        depth=2,
-        heads=2,
         drop_path=dropped,
         use_unit_attention=unit,
         use_shared_modulation=shared,
         gate_init=1e-3,
-        use_scan=use_scan,
         rngs=rngs,
     )
     quantiser = ScaleQuantiser(scales=SCALES, codes=CODES, channels=CHANNELS, variable=FrozenVariable, rngs=rngs)
@@ -59,14 +57,11 @@ def make_generator(**options) -> NextScaleGenerator:
 
 
 @functools.cache
-def make_sampler(plan: SamplingPlan, **options):
-    """A compiled sampler: (labels, keys, guidance scale, temperature) -> ids and logits of every scale."""
+def make_sampler(**options):
+    """A compiled sampler: (labels, keys, sampling) -> ids and logits of every scale."""
     generator = make_generator(**options)
     return jax.jit(
-        lambda labels, keys, scale, temperature: draw_scales(
-            generator, labels, keys, plan, guidance_scale=scale, coarse_temperature=temperature
-        ),
-        compiler_options=QUICK,
+        lambda labels, keys, sampling: draw_scales(generator, labels, keys, sampling), compiler_options=QUICK
     )
 
 
@@ -82,8 +77,8 @@ def make_whole(**options):
     return jax.jit(whole, compiler_options=QUICK)
 
 
-PLAN = SamplingPlan(steps=(1,) * len(SCALES), use_guidance=True, guidance_schedule="linear", top_k=6, top_p=0.9)
-UNGUIDED = SamplingPlan(steps=(1,) * len(SCALES), use_guidance=False, guidance_schedule="linear")
+FILTERED = Sampling((1,) * len(SCALES), guidance_scale=2.0, guidance_schedule="linear", top_k=6, top_p=0.9)
+UNGUIDED = Sampling((1,) * len(SCALES), guidance_schedule="linear")
 
 
 def random_ids(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
@@ -181,9 +176,10 @@ def test_dropped_branches_keep_their_mean():
 @pytest.mark.parametrize("shared", [False, True])
 def test_weight_decay_acts_on_kernels_and_the_class_embedding_alone(shared):
     parameters = functional(nnx.eval_shape(lambda: create(Keys(0), shared=shared)))[1]
-    decayed = {name for name in parameters if is_decayed(name, NextScaleGenerator.undecayed)}
+    generator = make_generator()
+    decayed = {name for name in parameters if generator.group(name).decays}
     assert decayed == {name for name in parameters if name.endswith(("/kernel", "/class_embedding"))}
-    missing = set(NextScaleGenerator.undecayed) - {name.rpartition("/")[2] for name in parameters}
+    missing = set(UNDECAYED) - {name.rpartition("/")[2] for name in parameters}
     assert missing == (set() if shared else {"modulation_offset"}), "every name is that of a parameter"
 
 
@@ -227,8 +223,9 @@ def test_published_parameter_counts(depth, scales, shared, millions):
         return sum(leaf.size for leaf in functional(nnx.eval_shape(lambda: create(Keys(0))))[1].values())
 
     width = 64 * depth
-    sizes: dict[str, Any] = dict(scales=scales, input_channels=32, width=width, depth=depth, heads=depth)
-    total = count(lambda rngs: NextScaleBackbone(**sizes, classes=1000, use_shared_modulation=shared, rngs=rngs))
+    trunk = Trunk(width=width, depth=depth, heads=depth)
+    sizes: dict[str, Any] = dict(scales=scales, input_channels=32, classes=1000, use_shared_modulation=shared)
+    total = count(lambda rngs: NextScaleBackbone(trunk, **sizes, rngs=rngs))
     total += count(lambda rngs: SoftmaxHead(width=width, vocabulary=4096, rngs=rngs))
     assert round(total / 1e6, 1) == millions
 
@@ -252,29 +249,15 @@ def test_what_does_not_fit_is_refused():
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_depends_on_its_own_key_and_label_alone():
-    sample = make_sampler(PLAN, use_scan=True)
-    labels, keys = jnp.asarray([0, 0]), image_keys(0, jnp.arange(2))
-    ids, _ = sample(labels, keys, 2.0, 1.0)
-    assert [level.shape for level in ids] == [(2, side**2) for side in SCALES]
-    assert all(level.dtype == jnp.int32 and (level >= 0).all() and (level < CODES).all() for level in ids)
-    swapped, _ = sample(labels, keys[::-1], 2.0, 1.0)
-    for level, other in zip(ids, swapped, strict=True):
-        np.testing.assert_array_equal(level[::-1], other)
-    changed, _ = sample(jnp.asarray([0, 3]), keys.at[1].set(jax.random.key(9)), 2.0, 1.0)
-    joined, other = np.concatenate(ids, axis=1), np.concatenate(changed, axis=1)
-    np.testing.assert_array_equal(joined[0], other[0])
-    assert (joined[1] != other[1]).any() and (joined[0] != joined[1]).any()
-
-
 def test_drawn_ids_are_greedy_at_temperature_zero_and_pass_the_filters():
-    sample, labels = make_sampler(PLAN, use_scan=True), jnp.asarray([1, 2])
-    ids, logits = sample(labels, image_keys(0, jnp.arange(2)), 2.0, 0.0)
+    draw, labels = make_sampler(use_scan=True), jnp.asarray([1, 2])
+    greedy = dataclasses.replace(FILTERED, coarse_temperature=0.0)
+    ids, logits = draw(labels, image_keys(0, jnp.arange(2)), greedy)
     for level, own in zip(ids, logits, strict=True):
         np.testing.assert_array_equal(level, own.argmax(-1))
-    ids, logits = sample(labels, image_keys(0, jnp.arange(2)), 2.0, 1.0)
+    ids, logits = draw(labels, image_keys(0, jnp.arange(2)), FILTERED)
     for level, own in zip(ids, logits, strict=True):
-        allowed = np.isfinite(filter_logits(own, top_k=PLAN.top_k, top_p=PLAN.top_p))
+        allowed = np.isfinite(filter_logits(own, top_k=FILTERED.top_k, top_p=FILTERED.top_p))
         assert np.take_along_axis(allowed, np.asarray(level)[..., None], axis=-1).all()
 
 
@@ -282,23 +265,25 @@ def test_drawn_ids_are_greedy_at_temperature_zero_and_pass_the_filters():
 def test_cached_passes_are_the_whole_pass_and_guidance_grows_over_the_scales(variant):
     """Logits of the ids drawn are those of whole passes with and without label, mixed by each scale's share."""
     options = {"use_scan": True} if variant == "guided" else {"shared": True, "unit": False}
-    plan = PLAN if variant == "guided" else UNGUIDED
+    sampling = dataclasses.replace(FILTERED, guidance_scale=3.0) if variant == "guided" else UNGUIDED
     labels, whole = jnp.asarray([1, 3]), make_whole(**options)
-    ids, logits = make_sampler(plan, **options)(labels, image_keys(0, jnp.arange(2)), 3.0, 1.0)
+    ids, logits = make_sampler(**options)(labels, image_keys(0, jnp.arange(2)), sampling)
     kept, dropped = (whole(ids, labels, np.full(2, drop)) for drop in (False, True))
     assert np.abs(kept - dropped).max() > 0.1
     for k, own in enumerate(logits):
-        scale, part = 1 + 2 * k / (len(SCALES) - 1) * plan.use_guidance, slice(STARTS[k], STARTS[k + 1])
+        scale, part = 1 + 2 * k / (len(SCALES) - 1) * sampling.is_guided, slice(STARTS[k], STARTS[k + 1])
         np.testing.assert_allclose(own, scale * kept[:, part] + (1 - scale) * dropped[:, part], atol=1e-4)
 
 
-def test_sample_scales_are_the_ids_without_the_logits():
-    def draw(function):
-        keys = image_keys(1, jnp.arange(2))
-        settings = {"guidance_scale": 1.5, "coarse_temperature": 1.0}
-        return jax.eval_shape(lambda: function(make_generator(), jnp.asarray([0, 1]), keys, PLAN, **settings))
+def test_all_scales_are_drawn_in_one_piece_the_ids_without_the_logits():
+    generator, labels, keys = make_generator(), jnp.asarray([0, 1]), image_keys(1, jnp.arange(2))
 
-    assert draw(sample_scales) == draw(draw_scales)[0]
+    def traced(draw):
+        return jax.eval_shape(lambda: draw(generator, labels, keys, FILTERED))
+
+    assert traced(sample) == traced(lambda generator, *rest: generator.draw((), *rest)) == traced(draw_scales)[0]
+    with pytest.raises(ValueError, match="in one piece"):
+        generator.draw((jnp.zeros((2, 1), jnp.int32),), labels, keys, FILTERED)
 
 
 def test_growth_of_guidance():

@@ -49,7 +49,7 @@ def random_like(arrays: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
 def filled(create: Callable[[], Any], seed: int = 0) -> Any:
     static, parameters, rest = functional(nnx.eval_shape(create))
     arrays = {name: jnp.asarray(array) for name, array in random_like(parameters | rest, seed).items()}
-    return static.merge(arrays, arrays)
+    return static.merge(arrays)
 
 
 def quantiser(seed: int = 0, **changes: Any) -> ScaleQuantiser:

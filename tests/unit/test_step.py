@@ -17,6 +17,7 @@ from ear_jax.config.derive import StageLengths
 from ear_jax.nn.functional import functional
 from ear_jax.training.optim import Recipe, learning_rate, make_optimizer, train_temperature
 from ear_jax.training.step import TrainState, create_state, make_train_step
+from ear_jax.types import Group, usual_group
 
 RECIPE = Recipe(
     lengths=StageLengths(total_steps=10, warmup_steps=0, final_phase_steps=0),
@@ -51,6 +52,11 @@ class Toy(nnx.Module):
         self.heads = nnx.List([Layer(jax.random.normal(second, (4, 2)), jnp.ones(2))])
         self.passes = nnx.Variable(jnp.zeros((), jnp.int32))
 
+    @staticmethod
+    def group(name: str) -> Group:
+        """The matrix of the head has a rate of its own and no decay, as in the masked family."""
+        return Group(decays=False, is_head=True) if name == "heads/0/kernel" else usual_group(name)
+
     def loss(
         self, batch: Mapping[str, Any], rng: jax.Array, step: jax.Array, controls: Mapping[str, Any]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -76,7 +82,7 @@ def batch_of(rows: int = 8, **poison: Any) -> dict[str, jax.Array]:
 def start(recipe: Recipe = RECIPE, accumulation_steps: int = 1) -> tuple[TrainState, Any]:
     """Return the state at step 0 and the compiled update; nothing is donated, so tests may share them."""
     static, params, rest = functional(Toy())
-    optimizer = make_optimizer(recipe)
+    optimizer = make_optimizer(recipe, Toy.group)
     return create_state(params, rest, optimizer), jax.jit(
         make_train_step(static, optimizer, recipe, accumulation_steps=accumulation_steps)
     )
@@ -127,7 +133,7 @@ def test_schedules_go_on_through_a_skipped_update():
             return static.merge(params, state["rest"]).loss(batch_of(), ROOT, 0, {"train_temperature": 1.0})[0]
 
         gradients = jax.grad(loss)(state["params"])
-        return make_optimizer(recipe).update(gradients, state["opt_state"], state["params"])[0]
+        return make_optimizer(recipe, Toy.group).update(gradients, state["opt_state"], state["params"])[0]
 
     for name, update in at_rate_one(state).items():
         moved = new["params"][name] - state["params"][name]
