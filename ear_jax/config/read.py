@@ -5,12 +5,10 @@ raises ValueError for a variant it does not know, and with `VARIANTS`, the names
 `values.py`; what keys imply for each other is `validate.py`.
 """
 
-import hashlib
 import importlib.util
-import json
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,50 +84,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Rebuild a stored config; keys it lacks keep their defaults, unknown keys and bad values raise ConfigError."""
     return resolve(values)
-
-
-def from_json(text: str) -> Config:
-    """Rebuild a config from JSON text; a key that stands twice in one object is refused, as everything unknown is."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = {key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])}
-        raise_faults([f"config: the key {key!r} stands twice in one object; keep one." for key in sorted(twice)])
-        return dict(pairs)
-
-    try:
-        document = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"The config is not valid JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise ConfigError("The config is not a JSON object with groups and keys.")
-    return from_dict(document)
-
-
-def digest(config: Config, paths: Iterable[str]) -> str:
-    """Return a SHA-256 (hex) of the values of the given groups and keys, whatever the order they are named in.
-
-    Raises:
-        ValueError: A path names neither a group nor a key.
-    """
-    return hashlib.sha256(json.dumps(_selected(config, paths), sort_keys=True).encode()).hexdigest()
-
-
-def difference(first: Config, second: Config, paths: Iterable[str] | None = None) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values differ, as dotted path -> (first, second); `paths` limits them to groups or keys."""
-    left = flatten(first) if paths is None else _selected(first, paths := tuple(paths))
-    right = flatten(second)
-    return {path: (value, right[path]) for path, value in left.items() if value != right[path]}
-
-
-def _selected(config: Config, paths: Iterable[str]) -> dict[str, Any]:
-    selected = {}
-    flat = flatten(config)
-    for wanted in paths:
-        part = {path: value for path, value in flat.items() if path == wanted or path.startswith(f"{wanted}.")}
-        if not part:
-            raise ValueError(f"{wanted!r} names neither a group nor a key of the config")
-        selected |= part
-    return selected
 
 
 def _flat(values: Mapping[str, Any] | ConfigDict, prefix: str, faults: list[str]) -> list[tuple[str, Any]]:

@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ear_jax import build
 from ear_jax.config import read
-from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import Config
 from ear_jax.data.latents import LatentsSource
-from ear_jax.data.loader import Loader
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder, pictures
@@ -19,7 +16,6 @@ from ear_jax.inference.pipeline import Pipeline
 from ear_jax.nn.functional import Arrays
 from ear_jax.stages.session import Session
 from ear_jax.training.loop import ScoreHook, StageRun, train
-from ear_jax.training.optim import resolve
 from ear_jax.training.step import TrainState
 
 GRID_COLUMNS = 10
@@ -40,16 +36,7 @@ def train_generator(session: Session) -> None:
             f"{_latents_path(session)} holds levels {[level.name for level in source.levels]} of another tokenizer; "
             f"this configuration has {[level.name for level in spec.levels]}. Run --task=latents again."
         )
-    settings, classes = config.generator_training, len(source.class_names)
-    loader = Loader(
-        source,
-        batch_size=settings.batch_size,
-        seed=config.seed,
-        use_flip=config.data.use_flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        prefetch_batches=config.data.prefetch_batches,
-    )
+    classes = len(source.class_names)
     columns = min(GRID_COLUMNS, classes)
     labels = np.arange(4 * columns) % columns
     pipeline = Pipeline(config, source.class_names, {"tokenizer": tokenizer})
@@ -71,20 +58,11 @@ def train_generator(session: Session) -> None:
     def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
         return parameters, {**rest, **frozen}
 
-    stage = StageRun(
-        stage="generator",
-        config_name=config.name,
-        config_dict=read.to_dict(config),
-        settings=settings,
-        recipe=resolve(settings, stage_lengths(settings, len(source))),
+    stage = session.training(
+        "generator",
+        source,
+        lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
         group=abstract.group,
-        create=lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
-        loader=loader,
-        mesh=session.mesh,
-        seed=config.seed,
-        folder=workdir.stage("generator"),
-        ledger=session.ledger,
-        tensorboard_folder=workdir.tensorboard,
         grid=grid,
         overwrite=take_over,
         score=_scores(session, pipeline) if config.evaluate.every_steps else None,
@@ -93,7 +71,7 @@ def train_generator(session: Session) -> None:
     try:
         _, state = train(stage)
     finally:
-        loader.close()
+        stage.loader.close()
     generator = to_host({**state["ema"], **state["rest"]})
     pipeline.set_generator(generator)
     picture = pictures.grid(pipeline.sample(labels, seed=config.sample.seed), columns)
@@ -106,7 +84,7 @@ def train_generator(session: Session) -> None:
             {"Training": _training_facts(config, source, stage)},
             picture,
         )
-    session.mark_complete("generator", data_digest=source.digest, **_floats(stage.facts))
+    session.mark_complete("generator", data_digest=source.digest, **stage.times)
 
 
 def _scores(session: Session, pipeline: Pipeline) -> ScoreHook:
@@ -137,7 +115,3 @@ def _training_facts(config: Config, source: LatentsSource, stage: StageRun) -> d
             if "loss" in name
         },
     }
-
-
-def _floats(facts: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in facts.items() if isinstance(value, float)}

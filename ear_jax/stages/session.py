@@ -10,15 +10,21 @@ import jax
 from jax.sharding import Mesh
 
 from ear_jax.config import read
+from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import Config
 from ear_jax.config.values import flatten, leaves
+from ear_jax.data.loader import Loader
+from ear_jax.data.sources import Source
 from ear_jax.distributed import process
 from ear_jax.distributed.mesh import make_mesh
 from ear_jax.distributed.stop_signal import restartable
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.folders.workdir import Workdir
+from ear_jax.training.initialise import ModuleFactory
 from ear_jax.training.ledger import Ledger
+from ear_jax.training.loop import StageRun
+from ear_jax.training.optim import resolve
 
 STAGES = {
     "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training"),
@@ -56,6 +62,42 @@ class Session:
         if self.is_first:
             self.workdir.mark_complete(stage, made_from=fingerprint(self.config, stage), **facts)
         process.barrier(f"{stage}: complete")
+
+    def training(self, stage: str, source: Source, create: ModuleFactory, **options: Any) -> StageRun:
+        """Return a training stage as the configuration says it: its loader, its recipe, where it writes.
+
+        Args:
+            stage: tokenizer or generator; `config.<stage>_training` are its settings.
+            source: what it trains on.
+            create: makes the module that is trained.
+            **options: further fields of `StageRun`: group, overwrite, grid, score …
+        """
+        config, settings = self.config, getattr(self.config, f"{stage}_training")
+        loader = Loader(
+            source,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            use_flip=config.data.use_flip,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            decode_threads=config.data.decode_threads,
+            prefetch_batches=config.data.prefetch_batches,
+        )
+        return StageRun(
+            stage=stage,
+            config_name=config.name,
+            config_dict=read.to_dict(config),
+            settings=settings,
+            recipe=resolve(settings, stage_lengths(settings, len(source))),
+            create=create,
+            loader=loader,
+            mesh=self.mesh,
+            seed=config.seed,
+            folder=self.workdir.stage(stage),
+            ledger=self.ledger,
+            tensorboard_folder=self.workdir.tensorboard,
+            **options,
+        )
 
     def begin(self, stage: str) -> None:
         """Refuse to go on with a stage that was begun with other settings; print what differs.

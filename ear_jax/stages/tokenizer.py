@@ -1,6 +1,6 @@
 """Train the tokenizer, measure its latents' statistics, and leave a model folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,9 +9,8 @@ import numpy as np
 
 from ear_jax import build
 from ear_jax.config import read
-from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import Config
-from ear_jax.data.loader import Loader, eval_batches
+from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
 from ear_jax.data.quarantine import write_quarantine
 from ear_jax.distributed.process import to_host
@@ -21,8 +20,7 @@ from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
 from ear_jax.metrics.reconstruction import psnr
 from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
 from ear_jax.stages.session import Session
-from ear_jax.training.loop import StageRun, train
-from ear_jax.training.optim import resolve
+from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Tokens
 
@@ -44,17 +42,6 @@ def train_tokenizer(session: Session) -> None:
     held_out = open_split(config.data, "eval", seed=config.seed)
     for note in source.notes:
         session.say(f"data        {note}")
-    settings = config.tokenizer_training
-    loader = Loader(
-        source,
-        batch_size=settings.batch_size,
-        seed=config.seed,
-        use_flip=config.data.use_flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        decode_threads=config.data.decode_threads,
-        prefetch_batches=config.data.prefetch_batches,
-    )
     static, _, _ = functional(build.abstract_tokenizer(config))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
@@ -67,25 +54,12 @@ def train_tokenizer(session: Session) -> None:
             pictures.save_grid(workdir.stage("tokenizer") / "reconstructions.png", picture[None], columns=1)
         return {"reconstructions": picture}
 
-    stage = StageRun(
-        stage="tokenizer",
-        config_name=config.name,
-        config_dict=read.to_dict(config),
-        settings=settings,
-        recipe=resolve(settings, stage_lengths(settings, len(source))),
-        create=lambda rngs: build.build_tokenizer_objective(config, rngs=rngs),
-        loader=loader,
-        mesh=session.mesh,
-        seed=config.seed,
-        folder=workdir.stage("tokenizer"),
-        ledger=session.ledger,
-        tensorboard_folder=workdir.tensorboard,
-        grid=grid,
-    )
+    create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
+    stage = session.training("tokenizer", source, create, grid=grid)
     try:
         _, state = train(stage)
     finally:
-        loader.close()
+        stage.loader.close()
         if session.is_first:
             write_quarantine(workdir.root / "quarantine.tsv", [source.quarantine, held_out.quarantine])
     arrays = with_statistics(static, _tokenizer_arrays(state), source, config)
@@ -107,7 +81,7 @@ def train_tokenizer(session: Session) -> None:
             },
             picture,
         )
-    session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **_times(stage))
+    session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **stage.times)
 
 
 def adopt_tokenizer(session: Session) -> None:
@@ -204,7 +178,3 @@ def _tokenizer_arrays(state: TrainState) -> Arrays:
     merged = {**state["ema"], **state["rest"]}
     mine = to_host({name: leaf for name, leaf in merged.items() if name.startswith(prefix)})
     return {name.removeprefix(prefix): jnp.asarray(leaf) for name, leaf in mine.items()}
-
-
-def _times(stage: StageRun) -> dict[str, Any]:
-    return {name: value for name, value in stage.facts.items() if isinstance(value, float)}

@@ -65,6 +65,11 @@ class StageRun:
     score_every_steps: int = 0
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def times(self) -> dict[str, float]:
+        """The measured times and rates among the facts."""
+        return {name: value for name, value in self.facts.items() if isinstance(value, float)}
+
 
 def train(run: StageRun) -> tuple[Functional, TrainState]:
     """Train until the last step, from the newest good checkpoint where there is one.

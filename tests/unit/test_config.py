@@ -304,8 +304,7 @@ def test_a_last_phase_longer_than_the_run_is_refused_once_the_data_is_known() ->
 def test_every_key_survives_json() -> None:
     config = resolved(sample__labels="(1,2)", tokenizer__fusion="attention", tokenizer_training__learning_rate="1e-7")
     stored = json.dumps(read.to_dict(config))
-    assert read.from_json(stored) == config
-    assert read.from_dict(read.to_dict(config)) == config
+    assert read.from_dict(json.loads(stored)) == config
     assert json.loads(stored) == read.to_dict(config)
 
 
@@ -314,28 +313,6 @@ def test_stored_configs_are_checked_like_others() -> None:
     stored["data"]["colour"] = 1
     with pytest.raises(ConfigError, match="unknown key"):
         read.from_dict(stored)
-    with pytest.raises(ConfigError, match="stands twice"):
-        read.from_json('{"seed": 1, "seed": 2}')
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        read.from_json("[" * 100_000)
-    with pytest.raises(ConfigError, match="not a JSON object"):
-        read.from_json("[]")
-
-
-def test_the_digest_sees_every_key_of_its_groups_and_no_other() -> None:
-    base = resolved()
-    changed = resolved(tokenizer__vae__latent_channels="5")
-    assert read.digest(base, ["tokenizer"]) != read.digest(changed, ["tokenizer"])
-    assert read.digest(base, ["data", "seed"]) == read.digest(changed, ["seed", "data"])
-    assert read.digest(base, ["tokenizer.coarse"]) == read.digest(changed, ["tokenizer.coarse"])
-    with pytest.raises(ValueError, match="neither a group nor a key"):
-        read.digest(base, ["tokeniser"])
-
-
-def test_the_difference_names_changed_keys() -> None:
-    base, changed = resolved(), resolved(seed="3", sample__labels="1")
-    assert read.difference(base, changed) == {"seed": (0, 3), "sample.labels": ((), (1,))}
-    assert read.difference(base, changed, ["sample"]) == {"sample.labels": ((), (1,))}
 
 
 def test_every_key_has_a_meaning() -> None:
