@@ -23,7 +23,7 @@ KEY = "config.run.program_cache"
 def keep_programs(setting: str) -> Path | None:
     """Make jax keep compiled programs in a folder and return it; None where nothing is kept.
 
-    Must run before jax is imported to have an effect. A folder that `JAX_COMPILATION_CACHE_DIR` names already stays.
+    Must run before the first compilation. A folder that `JAX_COMPILATION_CACHE_DIR` names already stays.
 
     Args:
         setting: `auto` (a folder of `cache_folder()`), `off`, or a folder.
@@ -48,9 +48,16 @@ def keep_programs(setting: str) -> Path | None:
                 f"{KEY}={setting}: {path} {reason}, so compiled programs in it cannot be trusted to be yours. "
                 f"Take the permission away (chmod go-w {path}), name another folder, or write {KEY}=off."
             )
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(LARGEST_BYTES))
+    # The environment reaches child processes, and this one if jax is not imported yet.
+    jax = sys.modules.get("jax")
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_compilation_cache_max_size", LARGEST_BYTES),
+    ):
+        os.environ.setdefault(name.upper(), str(value))
+        if jax is not None:
+            jax.config.update(name, value)
     return folder
 
 
