@@ -14,8 +14,8 @@ from PIL import Image
 from ear_jax import main
 from ear_jax.config.schema import Config
 from ear_jax.stages import generator, session, tokenizer
-from ear_jax.studies import ablation, arms, end_to_end, fidelity, runs
 from ear_jax.tasks import study
+from studies import ablation, arms, end_to_end, fidelity, runs
 
 MODEL = tiny_config(
     **SMALLEST,

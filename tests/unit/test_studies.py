@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import studies
 from ear_jax.config import read
 from ear_jax.config.schema import Config
 from ear_jax.config.values import flatten
 from ear_jax.errors import ConfigError
-from ear_jax.studies import ablation, arms, end_to_end, fidelity, report, runs
-from ear_jax.studies import judge as judging
 from ear_jax.tasks import study
+from studies import ablation, arms, end_to_end, fidelity, report, runs
+from studies import judge as judging
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "studies"
 
@@ -79,14 +80,14 @@ def test_the_arms_of_the_verdict_get_all_their_seeds_first(tmp_path, capsys):
 
 def test_every_study_of_the_schema_can_be_run():
     (names,) = (field.metadata["choices"] for field in dataclasses.fields(Config().study) if field.name == "name")
-    assert set(study.STUDIES) == set(names) - {""} == {path.stem for path in CONFIGS.glob("[!_]*.py")}
+    assert set(studies.STUDIES) == set(names) - {""} == {path.stem for path in CONFIGS.glob("[!_]*.py")}
     with pytest.raises(ConfigError, match="is no study"):
         study.run(Config(), "nowhere")
 
 
 def test_a_study_that_trains_takes_no_model(tmp_path):
     with pytest.raises(ConfigError, match="trains its own models"):
-        study.STUDIES["fidelity"](recipe("fidelity.py"), tmp_path, "a/model")
+        studies.STUDIES["fidelity"](recipe("fidelity.py"), tmp_path, "a/model")
 
 
 def test_chosen_arms_and_seeds_run_alone_and_as_they_would_among_the_others(tmp_path):

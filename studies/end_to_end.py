@@ -17,10 +17,10 @@ from ear_jax.files import digest_of
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
 from ear_jax.inference.pipeline import Pipeline
-from ear_jax.studies import report
-from ear_jax.studies.runs import kept
 from ear_jax.training.report import peak_flops_per_s
 from ear_jax.types import TokenizerSpec
+from studies import report
+from studies.runs import kept
 
 BATCHES = (1, 4, 16)
 JUDGED_BATCH = 4

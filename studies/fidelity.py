@@ -13,11 +13,11 @@ import numpy as np
 from ear_jax.config.schema import Config
 from ear_jax.inference.pipeline import Pipeline, load
 from ear_jax.metrics.reconstruction import psnr, ssim
-from ear_jax.studies import report
-from ear_jax.studies.arms import FIDELITY
-from ear_jax.studies.judge import Judge, chunks
-from ear_jax.studies.runs import each_seed, image_ms, kept, tokenizer_run
 from ear_jax.types import Tokens
+from studies import report
+from studies.arms import FIDELITY
+from studies.judge import Judge, chunks
+from studies.runs import each_seed, image_ms, kept, tokenizer_run
 
 TIMED_BATCH = 32
 ALLOWED_LOSS = 2.0

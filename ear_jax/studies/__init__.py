@@ -1,1 +1,0 @@
-"""Studies: trained arms side by side, with seeds, tables, plots and verdicts."""

@@ -1,0 +1,31 @@
+"""Studies: trained arms side by side, with seeds, tables, plots and verdicts. They use the library; it knows none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ear_jax.config.schema import Config
+from ear_jax.errors import ConfigError
+from studies import ablation, end_to_end, fidelity
+from studies.judge import Judge
+
+Study = Callable[[Config, Path, str | None], dict[str, Any]]
+"""(configuration, folder, model or None) -> rows, summary and verdicts; writes study.md, study.png and study.json."""
+
+
+def _judged(study: Callable[[Config, Path, Judge], dict[str, Any]]) -> Study:
+    """Give a study its judge: one classifier and one set of held-out images for all arms."""
+
+    def run(config: Config, root: Path, model: str | None) -> dict[str, Any]:
+        if model is not None:
+            raise ConfigError(f"the study {config.study.name} trains its own models; leave --model={model} out.")
+        return study(config, root, Judge(config, root / "judge"))
+
+    return run
+
+
+STUDIES: dict[str, Study] = {
+    "fidelity": _judged(fidelity.run),
+    "end_to_end": end_to_end.run,
+    "ablation": _judged(ablation.run),
+}
