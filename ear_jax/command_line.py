@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ear_jax.config.read import listing, load, raise_faults, resolve
 from ear_jax.config.schema import Config
-from ear_jax.config.suggest import closest, closest_paths
+from ear_jax.config.suggest import closest_paths, did_you_mean
 from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
 from ear_jax.tasks import SUMMARIES, TASKS
@@ -74,9 +74,7 @@ def read(arguments: Sequence[str]) -> Request:
     flags, overrides, faults = _split(arguments)
     task = flags.get("task", "run")
     if task not in TASKS:
-        guess = closest(task, TASKS)
-        hint = f" Did you mean {guess[0]}?" if guess else ""
-        faults.append(f"--task={task} is not a task. Known: {', '.join(TASKS)}.{hint}")
+        faults.append(f"--task={task} is not a task. Known: {', '.join(TASKS)}.{did_you_mean(task, TASKS)}")
     try:
         values, run_name = _base_values(flags)
     except EarError as error:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ear_jax.config import values as checked_values
 from ear_jax.config.schema import Config
-from ear_jax.config.suggest import closest, closest_paths
+from ear_jax.config.suggest import closest_paths, did_you_mean
 from ear_jax.config.validate import cross_faults
 from ear_jax.config.values import flatten, groups, leaves, unflatten
 from ear_jax.errors import ConfigError
@@ -147,8 +147,7 @@ def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
     name, _, variant = reference.partition(":")
     path = Path(name)
     if not path.is_file():
-        guess = closest(path.stem, [known.stem for known in _known()])
-        hint = f" Did you mean {guess[0]}?" if guess else ""
+        hint = did_you_mean(path.stem, [known.stem for known in _known()])
         raise ConfigError(f"--config={reference}: there is no file {name}.{hint}\n{listing()}")
     module = _execute(path)
     get_config = getattr(module, "get_config", None)
@@ -158,8 +157,7 @@ def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
         values = get_config(variant)
     except ValueError as error:
         known = tuple(filter(None, getattr(module, "VARIANTS", ())))
-        guess = closest(variant.split(",")[0], known)
-        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        hint = did_you_mean(variant.split(",")[0], known)
         raise ConfigError(f"--config={reference}: {error}{hint}") from error
     except Exception as error:
         raise ConfigError(f"--config={reference}: {_blame(path, error)}") from error

@@ -25,11 +25,11 @@ _MINIMUM_SCORE = 0.62
 _MARGIN = 0.05
 
 
-def closest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """Return up to `count` of the `known` single words that are nearest to `name`."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that names the nearest of the `known` words, with a space in front; or nothing."""
     by_folded = {candidate.lower(): candidate for candidate in known}
-    matches = difflib.get_close_matches(name.lower(), by_folded, n=count, cutoff=_MINIMUM_SCORE)
-    return [by_folded[match] for match in matches]
+    matches = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=_MINIMUM_SCORE)
+    return f" Did you mean {by_folded[matches[0]]!r}?" if matches else ""
 
 
 def closest_paths(path: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ear_jax.config import derive, kinds
 from ear_jax.config.kinds import Fault
 from ear_jax.config.schema import SAMPLE_METRICS, Config, TrainingConfig
-from ear_jax.config.suggest import closest
+from ear_jax.config.suggest import did_you_mean
 
 
 def cross_faults(config: Config) -> list[Fault]:
@@ -45,8 +45,7 @@ def _data(config: Config) -> Iterator[Fault]:
     data, shapes = config.data, config.data.shapes
     prefix, _, rest = data.source.partition(":")
     if prefix not in ("shapes", "folder", "tfds"):
-        guess = closest(prefix, ("shapes", "folder", "tfds"))
-        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        hint = did_you_mean(prefix, ("shapes", "folder", "tfds"))
         yield Fault(
             f"config.data.source={data.source!r} is not a source. Known: shapes, folder:PATH, tfds:NAME.{hint}",
             ("data.source",),
@@ -314,11 +313,9 @@ def _evaluation(config: Config) -> Iterator[Fault]:
     known = ("all", *SAMPLE_METRICS)
     for name in names:
         if name not in known:
-            guess = closest(name, known)
-            hint = f" Did you mean {guess[0]!r}?" if guess else ""
             yield Fault(
                 f"config.evaluate.metrics={settings.metrics!r}: {name!r} is not measured. "
-                f"Known: {', '.join(known)}.{hint}",
+                f"Known: {', '.join(known)}.{did_you_mean(name, known)}",
                 ("evaluate.metrics",),
             )
     if not re.fullmatch(r"[A-Za-z0-9_.-]*", config.stats.name):

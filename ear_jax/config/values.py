@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from ear_jax.config.schema import Config
-from ear_jax.config.suggest import closest
+from ear_jax.config.suggest import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +174,7 @@ def _check_range(leaf: Leaf, value: Any) -> None:
     metadata = leaf.metadata
     choices = metadata.get("choices")
     if choices and value not in choices:
-        guess = closest(str(value), choices)
-        raise ValueFault(
-            f"is not known. Known: {', '.join(sorted(choices))}." + (f" Did you mean {guess[0]!r}?" if guess else "")
-        )
+        raise ValueFault(f"is not known. Known: {', '.join(sorted(choices))}.{did_you_mean(str(value), choices)}")
     low, high, above, below = (metadata.get(name) for name in ("low", "high", "above", "below"))
     for item in value if isinstance(value, tuple) else (value,):
         if (

@@ -88,7 +88,7 @@ def test_a_used_workdir_brings_its_config(calls: list[tuple], tmp_path: Path) ->
         ("--workdirs=x", "--workdirs: unknown flag. Did you mean --workdir?"),
         ("--sample.guidance_scale=2", "Did you mean --config.sample.guidance_scale?"),
         ("--guidance=2", "Did you mean --config.sample.guidance_sc"),
-        ("--task=smaple", "Did you mean sample?"),
+        ("--task=smaple", "Did you mean 'sample'?"),
         ("--zzzz=1", "Known: --config"),
         ("stray", "'stray' is not a flag"),
         ("--workdir", "--workdir lacks its value"),
