@@ -1,11 +1,10 @@
 """Feature networks as the metrics see them: uint8 images in, float32 features out, with a name and a digest.
 
-The networks themselves are `inception_features.py` and `classifier.py`. Here they get one interface: batches are padded
-to one compiled shape and spread over this process's devices.
+The networks themselves are `inception.py` and `classifier.py`. Here they get one interface: batches are padded to one
+compiled shape and spread over this process's devices.
 """
 
 import abc
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,18 +16,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.classifier import Classifier
+from ear_jax.metrics.classifier import Classifier, forward
 from ear_jax.metrics.feature_weights import FeatureWeights, weights_digest
-from ear_jax.metrics.inception import INPUT_PX, TAPS
-from ear_jax.metrics.inception_features import NETWORK_NAME, InceptionFeatures
-from ear_jax.metrics.resize import RESIZE_NAME
+from ear_jax.metrics.inception import INPUT_PX, RESIZE_NAME, TAPS, checked_weights, inception_features
+from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.nn.functional import flatten
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Outputs = dict[str, Float[np.ndarray, "n _"]]
 
 CLASSIFIER_NAME = "classifier"
-INCEPTION_NAME = NETWORK_NAME
+INCEPTION_NAME = "inception-2015-12-05"
+"""What results are recorded under; only under this name is a distance a FID."""
 
 
 @runtime_checkable
@@ -152,7 +151,7 @@ class ClassifierFeatures(Batched):
         self._graph, self._parameters = graph, self._replicated(parameters)
 
     def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
-        outputs = _judged(self._graph, self._parameters, images)
+        outputs = forward(self._graph, self._parameters, images)
         return {tap: outputs[tap] for tap in taps}
 
 
@@ -172,11 +171,10 @@ class InceptionNetwork(Batched):
             batch_size=batch_size,
             resize=f"{RESIZE_NAME}-{INPUT_PX}",
         )
-        sharding = NamedSharding(self._mesh, PartitionSpec())
-        self._network = InceptionFeatures(weights.arrays, digest=weights.digest, sharding=sharding)
+        self._weights = self._replicated(checked_weights(weights.arrays))
 
     def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
-        outputs = self._network(images, tuple(self._names.values()))  # all of them: one program to compile
+        outputs = inception_features(self._weights, images, tuple(self._names.values()))  # all: one program to compile
         return {tap: outputs[self._names[tap]] for tap in taps}
 
 
@@ -212,11 +210,9 @@ class FunctionFeatures(Batched):
         return {"features": self._compiled(self._weights, images).astype(jnp.float32)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _judged(graph: Any, parameters: nnx.State, images: jax.Array) -> dict[str, jax.Array]:
-    judge: Classifier = nnx.merge(graph, parameters)
-    features = judge.features(images.astype(jnp.float32) / 127.5 - 1.0)
-    return {"features": features, "logits": judge.head(features)}
+def feature_protocol(network: FeatureNetwork, image_px: int, *, rounding: str) -> FeatureProtocol:
+    """Return how a network turns images of a size into features, as results record it."""
+    return FeatureProtocol(network.name, network.digest, network.resize, image_px, rounding)
 
 
 def _read(count: int, outputs: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -8,14 +8,13 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.measurement import Measurement
 
 ROUNDING = "round(clip((x + 1) * 127.5, 0, 255)), ties to even"
-"""The one formula, `io/pictures.to_uint8`; images that come from files were rounded before: `ROUNDED_BEFORE`."""
+"""The one formula, `folders/pictures.to_uint8`; images that come from files were rounded before: `ROUNDED_BEFORE`."""
 
 ROUNDED_BEFORE = "uint8 as stored"
 
@@ -158,17 +157,6 @@ def check_comparable(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) 
             f"These numbers cannot be compared, their protocols differ:\n{listed}\n"
             "Expected one protocol. Evaluate both again with the same settings, or say what is varied on purpose."
         )
-
-
-def result_record(measurements: Sequence[Measurement], protocol: Protocol) -> dict[str, Any]:
-    """Return what a result file holds: measurements by name, and the protocol that they share."""
-    names = [measurement.name for measurement in measurements]
-    if len(set(names)) != len(names):
-        raise ValueError(f"Measurements {names} have a name twice; expected one each.")
-    return {
-        "measurements": {measurement.name: measurement.to_dict() for measurement in measurements},
-        "protocol": protocol.to_dict(),
-    }
 
 
 def _plain(value: Any) -> Any:

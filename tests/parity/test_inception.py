@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from parity.golden import Golden
 
-from ear_jax.metrics.inception import INPUT_PX, TAPS
-from ear_jax.metrics.inception_features import InceptionFeatures
-from ear_jax.metrics.resize import resize_tensorflow1
+from ear_jax.metrics.inception import INPUT_PX, TAPS, InceptionFeatures, resize_tensorflow1
 from ear_jax.weights.families import inception
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from ear_jax.metrics import classifier as classifiers
 from ear_jax.metrics import degradations
-from ear_jax.metrics.classifier import Classifier, accuracy, features, predict, train_classifier, trust_report
-from ear_jax.metrics.classifier_store import FILE_NAME, load_or_train
+from ear_jax.metrics.classifier import FILE_NAME, Classifier, accuracy, features, load_or_train, predict
+from ear_jax.metrics.classifier_training import accuracy_when_degraded, train_classifier
 
 PX = 16
 
@@ -43,7 +43,7 @@ def trained() -> tuple[Classifier, list[str]]:
 def test_it_learns_and_sees_through_degradations(trained):
     classifier, lines = trained
     images, labels = _pictures(300, 999_999)
-    report = trust_report(classifier, images, labels)
+    report = accuracy_when_degraded(classifier, images, labels)
     assert set(report) == {"accuracy_clean", "accuracy_noise", "accuracy_blur", "accuracy_block_noise"}
     assert report["accuracy_clean"] > 0.97 and min(report.values()) > 0.85, report
     assert accuracy(classifier, images, (labels + 1) % 3) < 0.05

@@ -18,9 +18,7 @@ from ear_jax.errors import DataError
 from ear_jax.files import cache_folder, file_sha256
 from ear_jax.metrics import feature_weights
 from ear_jax.metrics.feature_weights import INCEPTION, inception_weights, lpips_weights, weights_digest
-from ear_jax.metrics.inception import TAPS, Inception
-from ear_jax.metrics.inception_features import InceptionFeatures
-from ear_jax.metrics.resize import resize_tensorflow1
+from ear_jax.metrics.inception import TAPS, Inception, InceptionFeatures, resize_tensorflow1
 from ear_jax.nn.functional import functional
 from ear_jax.weights import download
 from ear_jax.weights.download import PublicFile, fetch

@@ -11,10 +11,9 @@ from scipy.spatial.distance import cdist, pdist
 
 from ear_jax.errors import DataError
 from ear_jax.heads.energy import energy_score as training_loss
-from ear_jax.metrics.codebook_usage import codebook_usage, count_ids
 from ear_jax.metrics.collapse import collapse_alarm
-from ear_jax.metrics.diversity import sample_diversity, stream_diversity
-from ear_jax.metrics.energy_score import energy_score
+from ear_jax.metrics.diversity import energy_score, sample_diversity, stream_diversity
+from ear_jax.metrics.reconstruction import codebook_usage, count_ids
 from ear_jax.tokenizers.codebook import CodebookState, usage
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import linalg
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.frechet import expected_bias, frechet_distance
+from ear_jax.metrics.distances import expected_bias, frechet_distance
 from ear_jax.metrics.statistics import BLOCK_ROWS, FeatureMoments, FeatureStatistics, statistics_of
 
 

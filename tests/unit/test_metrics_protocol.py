@@ -8,7 +8,6 @@ import pytest
 
 from ear_jax.errors import DataError
 from ear_jax.folders.pictures import to_uint8
-from ear_jax.metrics.measurement import Measurement
 from ear_jax.metrics.protocol import (
     ROUNDING,
     FeatureProtocol,
@@ -18,6 +17,7 @@ from ear_jax.metrics.protocol import (
     differences,
     result_record,
 )
+from ear_jax.metrics.scores import Measurement
 
 FEATURES = FeatureProtocol("inception-2015-12-05", "ab12", "bilinear-tensorflow1", 32)
 SAMPLING = SamplingProtocol("cd34", 0, 1.5, (1.0, 0.9), (4, 1), True)

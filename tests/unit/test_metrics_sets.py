@@ -5,12 +5,9 @@ import pytest
 
 from ear_jax.errors import DataError
 from ear_jax.metrics import neighbours
-from ear_jax.metrics.density_coverage import density_coverage
-from ear_jax.metrics.inception_score import inception_score
-from ear_jax.metrics.kernel_distance import kernel_distance, squared_mmd
-from ear_jax.metrics.neighbours import squared_distances
-from ear_jax.metrics.precision_recall import precision_recall
-from ear_jax.metrics.products import inner_products
+from ear_jax.metrics.class_scores import inception_score
+from ear_jax.metrics.distances import kernel_distance, squared_mmd
+from ear_jax.metrics.neighbours import density_coverage, inner_products, precision_recall, squared_distances
 
 
 def _normal(count: int, width: int = 6, seed: int = 0, shift: float = 0.0) -> np.ndarray:

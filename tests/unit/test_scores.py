@@ -9,23 +9,14 @@ import numpy as np
 import pytest
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.draw import RowDraw
+from ear_jax.metrics.collector import ImageBatch, ScoreSettings
+from ear_jax.metrics.distances import frechet_distance, frechet_floor
 from ear_jax.metrics.features import FunctionFeatures
-from ear_jax.metrics.floor import frechet_floor
-from ear_jax.metrics.frechet import frechet_distance
 from ear_jax.metrics.protocol import Protocol
-from ear_jax.metrics.reconstruction import psnr, ssim
-from ear_jax.metrics.reference import load_reference, rows_path, save_reference
-from ear_jax.metrics.scores import (
-    ImageBatch,
-    Reconstructions,
-    Reference,
-    Scores,
-    ScoreSettings,
-    reference_moments,
-    score_reconstructions,
-    score_samples,
-)
+from ear_jax.metrics.reconstruction import Reconstructions, psnr, ssim
+from ear_jax.metrics.reference import Reference, load_reference, reference_moments, rows_path, save_reference
+from ear_jax.metrics.sample_scorer import score_samples
+from ear_jax.metrics.scores import Scores, score_reconstructions
 from ear_jax.metrics.statistics import statistics_of
 
 PX, CLASSES, WIDTH = 16, 3, 5
