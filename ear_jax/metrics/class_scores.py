@@ -41,7 +41,7 @@ def inception_score(logits: Features, *, splits: int = 10, shuffle_seed: int | N
             f"{count // splits} images a split for {classes} classes: the score reads low, it cannot exceed the number "
             "of images a split; the usual is 5,000 a split.",
         )
-    return Measurement("inception_score", float(np.mean(scores)), std=float(np.std(scores)), count=count, notes=notes)
+    return Measurement("inception_score", float(np.mean(scores)), std=float(np.std(scores)), notes=notes)
 
 
 def _score(logits: np.ndarray) -> float:

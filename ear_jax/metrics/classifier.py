@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from ear_jax.files import write_bytes
+from ear_jax.nn.functional import flatten, functional
 
 FILE_NAME = "classifier.safetensors"
 LEAST_SIDE_PX = 16
@@ -140,9 +141,8 @@ def load_or_train(
     if kept is not None:
         return kept
     classifier = train()
-    tensors = {_name(p): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(classifier, nnx.Param))}
-    metadata = {"key": key, "digest": _digest(tensors)}
-    write_bytes(path, safetensors.numpy.save(tensors, metadata=metadata))
+    tensors = {name: np.asarray(array) for name, array in flatten(nnx.state(classifier, nnx.Param)).items()}
+    write_bytes(path, safetensors.numpy.save(tensors, metadata={"key": key, "digest": _digest(tensors)}))
     return classifier
 
 
@@ -174,16 +174,10 @@ def _load(path: Path, key: str, shape: dict[str, int]) -> Classifier | None:
         return None
     if metadata.get("digest") != _digest(tensors):
         return None
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Classifier(**shape)), nnx.Param)
-    flat = nnx.to_flat_state(abstract)
-    if {_name(p) for p, _ in flat} != tensors.keys():
+    static, shapes, _ = functional(nnx.eval_shape(lambda: Classifier(**shape)))
+    if shapes.keys() != tensors.keys():
         return None
-    filled = [(p, variable.replace(jax.numpy.asarray(tensors[_name(p)]))) for p, variable in flat]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(part) for part in path)
+    return static.merge({name: jnp.asarray(tensor) for name, tensor in tensors.items()}, {})
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:

@@ -56,9 +56,7 @@ def frechet_distance(
     value = shift @ shift + np.trace(first) + np.trace(second) - 2.0 * _trace_of_root(first, second, rank)
     notes = tuple(note for side in ((generated, "generated"), (reference, "reference")) for note in _bias_notes(*side))
     # Rounding can take equal sets to -1e-9.
-    return Measurement(
-        name, max(float(value), 0.0), count=generated.count, reference_count=reference.count, notes=notes
-    )
+    return Measurement(name, max(float(value), 0.0), notes=notes)
 
 
 def expected_bias(statistics: FeatureStatistics) -> float:
@@ -167,15 +165,7 @@ def kernel_distance(
         variance_of_mean = np.var(values, ddof=1) * (1 / subsets + (1 - 1 / subsets) * overlap) / (1 - overlap)
         margin = _NORMAL_95 * float(np.sqrt(variance_of_mean))
         interval = (mean - margin, mean + margin)
-    return Measurement(
-        name,
-        mean,
-        std=float(np.std(values)),
-        interval=interval,
-        count=len(first),
-        reference_count=len(second),
-        notes=notes,
-    )
+    return Measurement(name, mean, std=float(np.std(values)), interval=interval, notes=notes)
 
 
 def squared_mmd(first: Features, second: Features) -> float:

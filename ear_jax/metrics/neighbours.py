@@ -33,10 +33,10 @@ def precision_recall(generated: Features, real: Features, *, k: int = 3) -> tupl
     inside_real, inside_generated = cross_counts(
         first, second, point_radii=squared_radii(second, k), query_radii=squared_radii(first, k)
     )
-    sizes = {"count": len(first), "reference_count": len(second), "notes": _manifold_notes(len(first), len(second))}
+    notes = _manifold_notes(len(first), len(second))
     return (
-        Measurement("precision", float(np.mean(inside_real > 0)), **sizes),
-        Measurement("recall", float(np.mean(inside_generated > 0)), **sizes),
+        Measurement("precision", float(np.mean(inside_real > 0)), notes=notes),
+        Measurement("recall", float(np.mean(inside_generated > 0)), notes=notes),
     )
 
 
@@ -57,10 +57,10 @@ def density_coverage(generated: Features, real: Features, *, k: int = 5) -> tupl
     """
     first, second = _checked(generated, real, k)
     balls, hits = cross_counts(first, second, point_radii=squared_radii(second, k), strict=True)
-    sizes = {"count": len(first), "reference_count": len(second), "notes": _manifold_notes(len(first), len(second))}
+    notes = _manifold_notes(len(first), len(second))
     return (
-        Measurement("density", float(balls.mean() / k), **sizes),
-        Measurement("coverage", float(np.mean(hits > 0)), **sizes),
+        Measurement("density", float(balls.mean() / k), notes=notes),
+        Measurement("coverage", float(np.mean(hits > 0)), notes=notes),
     )
 
 

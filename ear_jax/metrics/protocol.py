@@ -7,6 +7,7 @@ both with the number of images and the reference.
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import platform
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -93,7 +94,7 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the protocol as JSON values."""
-        return _plain(dataclasses.asdict(self))
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Protocol":
@@ -157,14 +158,6 @@ def check_comparable(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) 
             f"These numbers cannot be compared, their protocols differ:\n{listed}\n"
             "Expected one protocol. Evaluate both again with the same settings, or say what is varied on purpose."
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """How close reconstructions are to their originals, one by one and as a set, and how much of a codebook they use."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.collector import Collector, ImageBatch, ScoreSettings, image_numbers
+from ear_jax.metrics.collector import Collector, Collects, ImageBatch, ScoreSettings, image_numbers
 from ear_jax.metrics.distances import distance_name, frechet_distance
 from ear_jax.metrics.features import FeatureNetwork, feature_protocol
 from ear_jax.metrics.protocol import ROUNDING, Protocol
@@ -43,33 +42,6 @@ class Reconstructions(NamedTuple):
     numbers: Int[np.ndarray, " n"] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class CodebookUsage:
-    """Usage of a codebook of `size` codes.
-
-    Attributes:
-        size: Number of codes.
-        used: Fraction of codes with a tenth of a fair share of the ids or more; what training logs.
-        perplexity: exp of the entropy of the frequencies, in [1, size].
-        notes: Reasons to distrust the numbers.
-    """
-
-    size: int
-    used: float
-    perplexity: float
-    notes: tuple[str, ...] = ()
-
-    @property
-    def alarms(self) -> tuple[str, ...]:
-        """A sentence for each sign of collapse."""
-        share = self.perplexity / self.size
-        where = "Look at how the codebook starts and revives codes, and at the weight of its losses."
-        return (
-            *collapse_alarm(self.used, LEAST_CODES_USED, "Fraction of codes in use", where),
-            *collapse_alarm(share, LEAST_CODES_USED, "Perplexity over the number of codes", where),
-        )
-
-
 class ReconstructionScorer:
     """Takes up originals with their reconstructions batch by batch; `scores` measures them."""
 
@@ -98,11 +70,11 @@ class ReconstructionScorer:
         if unknown := [name for name in asked if name not in METRICS]:
             raise ValueError(f"{unknown[0]!r} is not measured of reconstructions; known are {', '.join(METRICS)}")
         self.network, self._reference = network, reference
-        self._sets: dict[str, Collector] = {}
-        if network is not None and "fd" in asked:
-            self._sets["originals"] = Collector(network, ("moments",))
-        collects = [part for part, name in (("moments", "fd"), ("answers", "class_accuracy")) if name in asked]
-        if network is not None and (self._sets or network.classes) and collects:
+        collects: list[Collects] = ["moments"] if "fd" in asked else []
+        self._sets = {"originals": Collector(network, collects)} if network is not None and collects else {}
+        if network is not None and network.classes and "class_accuracy" in asked:
+            collects = [*collects, "answers"]
+        if network is not None and collects:
             self._sets["images"] = Collector(network, collects)
         self._codes = [np.zeros(size, np.int64) for size in codebook_sizes] if "codebook" in asked else []
         available = {"psnr": _psnr, "ssim": _ssim} | ({"lpips": lpips} if lpips is not None else {})
@@ -162,10 +134,8 @@ class ReconstructionScorer:
             )
         found |= self._of_sets()
         for level, counts in enumerate(self._codes):
-            usage = codebook_usage(gather_arrays(counts).sum(axis=0))
             suffix = f"_{level}" if len(self._codes) > 1 else ""
-            values = {f"codebook_usage{suffix}": usage.used, f"codebook_perplexity{suffix}": usage.perplexity}
-            found |= Scores(values, usage.notes, usage.alarms)
+            found |= codebook_usage(gather_arrays(counts).sum(axis=0), suffix=suffix)
         if self.network is None:
             return found
         count = int(gather_arrays(np.asarray([self._count])).sum())
@@ -260,32 +230,34 @@ def count_ids(ids: Int[np.ndarray, "..."] | Int[Array, "..."], size: int) -> Int
     return np.bincount(flat, minlength=size).astype(np.int64)
 
 
-def codebook_usage(
-    counts: Int[np.ndarray, " V"] | Float[np.ndarray, " V"] | Int[Array, " V"] | Float[Array, " V"],
-) -> CodebookUsage:
-    """Return usage and perplexity from the count of each code.
+def codebook_usage(counts: Int[np.ndarray, " V"] | Int[Array, " V"], *, suffix: str = "") -> Scores:
+    """Return `codebook_usage` and `codebook_perplexity` of a codebook by how often each code occurs.
+
+    Usage is the fraction of codes with a tenth of a fair share of the ids or more, as training logs it; perplexity is
+    exp of the entropy of the frequencies, in [1, V]. `suffix` is added to the names.
 
     Raises:
-        DataError: No ids were counted, or a count is negative or not finite.
+        DataError: No ids were counted, or a count is negative.
     """
     numbers = np.asarray(counts, np.float64)
-    if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
-        raise DataError("Counts of codes are negative or not finite; expected the result of count_ids.")
-    total = numbers.sum()
+    if (numbers < 0).any():
+        raise DataError("Counts of codes are negative; expected the result of count_ids.")
+    total, size = numbers.sum(), numbers.size
     if not total > 0:
-        raise DataError(f"No ids were counted for a codebook of {numbers.size} codes. Give at least one image.")
+        raise DataError(f"No ids were counted for a codebook of {size} codes. Give at least one image.")
     shares = numbers / total
     present = shares[shares > 0]
-    notes = ()
-    if total < 10 * numbers.size:
-        notes = (
-            f"{int(total)} ids for {numbers.size} codes: usage and perplexity read low with fewer than ten ids a code.",
-        )
-    return CodebookUsage(
-        size=numbers.size,
-        used=float(np.mean(shares * numbers.size >= _FAIR_SHARE)),
-        perplexity=float(np.exp(-(present * np.log(present)).sum())),
-        notes=notes,
+    used = float(np.mean(shares * size >= _FAIR_SHARE))
+    perplexity = float(np.exp(-(present * np.log(present)).sum()))
+    note = f"{int(total)} ids for {size} codes: usage and perplexity read low with fewer than ten ids a code."
+    where = "Look at how the codebook starts and revives codes, and at the weight of its losses."
+    return Scores(
+        {f"codebook_usage{suffix}": used, f"codebook_perplexity{suffix}": perplexity},
+        warnings=(note,) if total < 10 * size else (),
+        alarms=(
+            *collapse_alarm(used, LEAST_CODES_USED, "Fraction of codes in use", where),
+            *collapse_alarm(perplexity / size, LEAST_CODES_USED, "Perplexity over the number of codes", where),
+        ),
     )
 
 

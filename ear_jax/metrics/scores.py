@@ -20,8 +20,6 @@ class Measurement:
         value: The number.
         std: Standard deviation over splits or subsets, where the metric has them.
         interval: 95 % confidence interval of the value, where the metric gives one.
-        count: Generated images that went in.
-        reference_count: Real images that went in; None where the reference does not say.
         notes: Reasons to distrust the number, as sentences; empty when there are none.
     """
 
@@ -29,8 +27,6 @@ class Measurement:
     value: float
     std: float | None = None
     interval: tuple[float, float] | None = None
-    count: int | None = None
-    reference_count: int | None = None
     notes: tuple[str, ...] = ()
 
 
