@@ -124,13 +124,7 @@ def load_or_train(
 ) -> Classifier:
     """Return the classifier kept in `folder` when it fits, else call `train` and keep its result.
 
-    Args:
-        folder: Where `classifier.safetensors` is or will be.
-        classes: Number of classes.
-        channels: As given to `train_classifier`.
-        image_px: As given to `train_classifier`.
-        made_from: What else decides the weights: data digest, steps, batch size, seed.
-        train: Makes the classifier.
+    `made_from` is what else decides the weights beside its shape: data digest, steps, batch size, seed.
 
     Raises:
         StorageError: The folder cannot be written.

@@ -46,11 +46,11 @@ def train_classifier(
         batches: Endless training batches: `image` uint8 [B,h,w,3], `label` int [B]; equal batch sizes.
         classes: Number of classes.
         steps: Updates.
-        channels: Channels at the first grid; 16 does for shapes, 48 or more for photographs.
-        seed: Seed of the initial weights, flips and degradations.
-        image_px: Side of the images, at least 16.
+        channels: At the first grid; 16 does for shapes, 48 or more for photographs.
+        seed: Of the initial weights, flips and degradations.
+        image_px: At least 16.
         use_flip: Mirror half of the images; switch it off where left and right are classes.
-        log: Receives a line of progress now and then.
+        log: Takes a line of progress now and then.
     """
     abstract = nnx.eval_shape(lambda: Classifier(classes=classes, channels=channels, image_px=image_px))
     graph, shapes = nnx.split(abstract, nnx.Param)

@@ -78,7 +78,7 @@ class Collected:
     features: Float[np.ndarray, "m D"]
     labels: Int[np.ndarray, " m"]
     logits: Float[np.ndarray, "l V"]
-    answers: Int[np.ndarray, "V 2"]
+    answers: Int[np.ndarray, "classes 2"]
 
 
 class Collector:

@@ -35,12 +35,8 @@ def frechet_distance(
     """Return ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64 (Dowson & Landau 1982; Heusel et al. 2017).
 
     The trace of the root is taken from the eigenvalues of S1 S2, so it stays defined for singular covariances. The
-    distance is biased upward by about 1 / images; with fewer than ten images a feature a note says by how much.
-
-    Args:
-        generated: Statistics of the images to score.
-        reference: Statistics of the real images, in the features of the same network.
-        name: What to call the result: "fid" for Inception's pooled features, "sfid" for its spatial ones.
+    distance is biased upward by about 1 / images; with fewer than ten images a feature a note says by how much. `name`
+    is what to call the result: "fid" for Inception's pooled features, "sfid" for its spatial ones.
 
     Raises:
         DataError: The widths differ, or a covariance has clearly negative eigenvalues.
@@ -85,12 +81,7 @@ def frechet_floor(
     distance falls as 1 / images of either side. Measured, not expanded for Gaussians (`expected_bias`): features are
     heavy-tailed, which raises it, and classes drawn in turn instead of at random lower it, several-fold where features
     separate classes well. Without rows it is the Gaussian expansion, for images drawn at random.
-
-    Args:
-        reference: Statistics, and rows where there are any.
-        count: Images scored.
-        labels: Their classes, so that the classes of a subset come in the same shares; None for subsets at random.
-        seed: Seed of the subsets.
+    With `labels`, the classes of the images scored, those of a subset come in the same shares.
 
     Returns:
         The floor, or None where the reference does not say its number of images.
@@ -127,14 +118,8 @@ def kernel_distance(
     images correlate by r = m / n; then S of them vary by (1 - r) of the true variance, and the variance of their mean
     is std^2 (1 / S + (1 - 1 / S) r) / (1 - r). Unlike FID the value has no bias: it may be slightly negative.
 
-    Args:
-        generated: Features of generated images, [N1, D].
-        real: Features of real images, [N2, D].
-        subsets: How many subsets.
-        subset_size: Images of each side in a subset. Where the smaller set has fewer, half of that set is taken, with a
-            note; where it has just as many, there is no interval.
-        seed: Seed of the subsets.
-        name: What to call the result; "kid" is for Inception's pooled features.
+    Features are [N1, D] and [N2, D]. Where the smaller set has fewer than `subset_size`, half of it is taken, with a
+    note; where it has just as many, there is no interval. "kid" is for Inception's pooled features.
 
     Raises:
         DataError: Fewer than 4 images on a side, features that are not finite, or other widths.

@@ -22,7 +22,6 @@ PER_CLASS = 512
 _FEW_PER_CLASS = 10
 
 ESTIMATORS = ("plain", "fair", "adjacent", "half_turn")
-"""Of the energy score's spread."""
 
 Tokens = Float[np.ndarray, "*batch D"] | Float[Array, "*batch D"]
 Draws = Float[np.ndarray, "P *batch D"] | Float[Array, "P *batch D"]
@@ -115,15 +114,9 @@ def sample_diversity(
     per_class: int = PER_CLASS,
     seed: int = 0,
 ) -> SampleDiversity:
-    """Compare the variety within each class; classes count equally.
+    """Compare the variety of features [N1, D] and [N2, D] within each class; classes count equally.
 
-    Args:
-        generated: Features of generated images, [N1, D].
-        generated_labels: The class each was asked for.
-        real: Features of real images, [N2, D].
-        real_labels: Their classes.
-        per_class: At most so many images of a class and side enter, drawn without replacement.
-        seed: Seed of that draw.
+    At most `per_class` images of a class and side enter, chosen without replacement.
 
     Raises:
         DataError: No class has two images on both sides, or no real class varies; features that are not finite or of
@@ -193,15 +186,11 @@ def energy_score(
     estimators of S, by their names here and in scoringrules:
 
     - "plain" (`nrg`): all pairs, also i = j, over P^2. Too large a score, by E|X - X'|^beta / (2 P).
-    - "fair" (`fair`): pairs i != j over P (P - 1). Unbiased, and of least variance.
+    - "fair" (`fair`): pairs i != j over P (P - 1), P >= 2. Unbiased, and of least variance.
     - "adjacent" (`akr`): |x_i - x_(i-1)|^beta around the ring. Unbiased, linear in P.
     - "half_turn" (`akr_circperm`): |x_i - x_(i - floor(P/2))|^beta around the ring. Unbiased, linear in P.
 
-    Args:
-        draws: The ensemble; "fair", "adjacent" and "half_turn" need P >= 2.
-        target: What was observed.
-        beta: Exponent of the distance, in (0, 2); the score is strictly proper there.
-        estimator: How the spread is estimated.
+    It is strictly proper for `beta` in (0, 2).
 
     Raises:
         ValueError: An unknown estimator, or too few draws for it.

@@ -21,7 +21,6 @@ RESIZE_NAME = "bilinear-tensorflow1"
 
 CLASSES = 1008
 SPATIAL_CHANNELS = 7
-
 TAPS = {
     "64": 64,
     "192": 192,
@@ -76,13 +75,9 @@ class NormalisedConv(nnx.Module):
             # A matrix product: a third faster than a 1x1 convolution on XLA's CPU backend, the same elsewhere.
             flat = jnp.dot(features.reshape(-1, kernel.shape[2]), kernel[0, 0], precision="highest")
             return flat.reshape(*features.shape[:3], -1)
+        strides, layout = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
-            features,
-            kernel,
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",
+            features, kernel, strides, self.padding, dimension_numbers=layout, precision="highest"
         )
 
 
@@ -231,8 +226,7 @@ def resize_tensorflow1(images: Pixels, side_px: int) -> Float[Array, "B side sid
 
 @functools.cache
 def _network() -> tuple[Functional, Mapping[str, jax.ShapeDtypeStruct]]:
-    static, shapes, _ = functional(nnx.eval_shape(Inception))
-    return static, shapes
+    return functional(nnx.eval_shape(Inception))[:2]
 
 
 # The weights are an argument: as constants they would be compiled in, 95 MB a program.

@@ -19,12 +19,7 @@ def precision_recall(generated: Features, real: Features, *, k: int = 3) -> tupl
 
     A set's manifold is the union of balls around its rows that reach to the k-th nearest other row, borders included.
     Precision is the fraction of generated rows inside the real manifold, recall that of real rows inside the generated
-    one. Distances are taken in tiles, so memory grows with the number of images and not with its square.
-
-    Args:
-        generated: Features of generated images, [N1, D].
-        real: Features of real images, [N2, D].
-        k: Which neighbour sets the radius.
+    one. Features are [N1, D] and [N2, D]; memory grows with the number of images and not with its square.
 
     Raises:
         DataError: No more than k images on a side, features that are not finite, or other widths.
@@ -45,12 +40,7 @@ def density_coverage(generated: Features, real: Features, *, k: int = 5) -> tupl
 
     Both use balls around the real rows, borders excluded as published. Density is the mean number of balls around a
     generated row divided by k; coverage is the fraction of balls with a generated row in them, whose expectation for
-    equal distributions and equal counts is about 1 - 2^-k.
-
-    Args:
-        generated: Features of generated images, [N1, D].
-        real: Features of real images, [N2, D].
-        k: Which neighbour sets the radius.
+    equal distributions and equal counts is about 1 - 2^-k. The k-th nearest row sets a radius (Naeem et al. 2020).
 
     Raises:
         DataError: No more than k images on a side, features that are not finite, or other widths.
@@ -69,10 +59,7 @@ def inner_products(
 ) -> Float[np.ndarray, "M N"]:
     """Return a @ b.T: float64 on the host, or float32 without reduced-precision passes on an accelerator.
 
-    Args:
-        a: Rows.
-        b: Rows; passing the same array as `a` halves the work on the host.
-        on_accelerator: Where to compute; None decides by jax's default backend.
+    The same array twice is half the work on the host; None decides by jax's default backend where to compute.
     """
     if on_accelerator is None:
         on_accelerator = jax.default_backend() != "cpu"

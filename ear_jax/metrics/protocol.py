@@ -126,10 +126,7 @@ def current_versions() -> dict[str, str]:
 def differences(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) -> list[str]:
     """Return a line for every part in which two protocols differ, as `key: value against value`.
 
-    Args:
-        a: A protocol.
-        b: Another.
-        varied: Keys (`sampling.steps`, or the beginning of one: `sampling`) whose difference is the point.
+    `varied` are keys (`sampling.steps`, or the beginning of one: `sampling`) whose difference is the point.
     """
     first, second = _flat(a.to_dict()), _flat(b.to_dict())
     ignored = (*varied, *_NEVER_COMPARED)
@@ -141,12 +138,7 @@ def differences(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) -> li
 
 
 def check_comparable(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) -> None:
-    """Refuse to compare numbers that were measured differently.
-
-    Args:
-        a: Protocol of one number.
-        b: Protocol of the other.
-        varied: Keys that a study varies on purpose, such as `sampling.steps` or `sampling.seed`.
+    """Refuse to compare numbers that were measured differently but for what is `varied` on purpose (see `differences`).
 
     Raises:
         DataError: The protocols differ elsewhere; the message lists every difference.

@@ -45,12 +45,8 @@ def reference_moments(
 ) -> Reference:
     """Measure real images as a reference, in one pass with memory that does not grow with them.
 
-    Args:
-        network: What turns images into features.
-        batches: (images, labels) or ImageBatch; this process's share where there are several.
-        source: What the images are, for the record.
-        source_digest: Identifies them.
-        settings: How many rows of features are kept.
+    Every process gives its share of (images, labels) or ImageBatch. `source` says what they are, for the record, and
+    `source_digest` identifies them.
 
     Raises:
         DataError: fewer than two images, images of several sizes, or features that are not finite.
