@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from parity.golden import Golden
@@ -36,10 +37,10 @@ def _images(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def test_every_output(golden: Golden, weights: dict[str, np.ndarray]):
-    weights = checked_weights(weights)
+    placed = jax.device_put(checked_weights(weights))
     for size, images in _images(golden).items():
         count = len(golden.inputs[f"img_{size}"])
-        outputs = inception_features(weights, images, tuple(TAPS))
+        outputs = inception_features(placed, images, tuple(TAPS))
         for tap in golden.config["features"]:
             golden.check(f"{tap}_{size}", outputs[tap][:count])
         resized = np.asarray(resize_tensorflow1(images[:count], INPUT_PX)).transpose(0, 3, 1, 2)

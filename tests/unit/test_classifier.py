@@ -93,22 +93,22 @@ def test_too_small_images_and_missing_labels_are_refused(trained):
 @pytest.mark.parametrize("name", list(training.DEGRADATIONS))
 def test_a_degradation_grows_with_its_amount_and_is_per_image(name):
     images = jnp.asarray(_pictures(3, 0)[0], jnp.float32) / 127.5 - 1
-    changed = training.DEGRADATIONS[name](images, jax.random.key(0), jnp.asarray([0.0, 0.3, 1.0]))
+    changed = jax.jit(training.DEGRADATIONS[name])(images, jax.random.key(0), jnp.asarray([0.0, 0.3, 1.0]))
     error = np.asarray(jnp.mean((changed - images) ** 2, axis=(1, 2, 3)))
     assert error[0] == 0 and 0 < error[1] < error[2]
 
 
 def test_block_noise_is_constant_within_its_squares_and_blur_keeps_flat_images():
     zeros = jnp.zeros((1, 16, 16, 3))
-    squares = np.asarray(training.block_noise(zeros, jax.random.key(0), jnp.ones(1))).reshape(8, 2, 8, 2, 3)
+    squares = np.asarray(jax.jit(training.block_noise)(zeros, jax.random.key(0), jnp.ones(1))).reshape(8, 2, 8, 2, 3)
     assert (squares == squares[:, :1, :, :1]).all() and len(np.unique(squares)) == 8 * 8 * 3
     flat = jnp.full((1, 9, 7, 3), 0.3)
-    assert np.allclose(training.blur(flat, jax.random.key(0), jnp.ones(1)), 0.3, atol=1e-6)
+    assert np.allclose(jax.jit(training.blur)(flat, jax.random.key(0), jnp.ones(1)), 0.3, atol=1e-6)
 
 
 def test_some_images_are_flipped_some_are_left_clean():
     images = jnp.asarray(_pictures(64, 3)[0], jnp.float32) / 127.5 - 1
-    flipped = np.asarray(training.flip_some(images, jax.random.key(0)))
+    flipped = np.asarray(jax.jit(training.flip_some)(images, jax.random.key(0)))
     same = (flipped == np.asarray(images)).all((1, 2, 3))
     mirrored = (flipped == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
     assert (same | mirrored).all() and 16 < (~mirrored).sum() + (mirrored & same).sum() and not same.all()

@@ -7,6 +7,7 @@ import socket
 import urllib.request
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -210,12 +211,13 @@ def test_lpips_falls_back_on_the_cache_for_the_linear_layers(
 
 
 def test_resize_takes_the_published_positions():
+    resize = jax.jit(resize_tensorflow1, static_argnums=1)
     row = np.arange(4, dtype=np.float32).reshape(1, 1, 4, 1) * 10
     # Positions 0, 2/3, 4/3, 2, 8/3, 10/3: no half-pixel shift, and the last one repeats the edge.
-    np.testing.assert_allclose(resize_tensorflow1(row, 6)[0, 0, :, 0], [0, 20 / 3, 40 / 3, 20, 80 / 3, 30], rtol=1e-6)
+    np.testing.assert_allclose(resize(row, 6)[0, 0, :, 0], [0, 20 / 3, 40 / 3, 20, 80 / 3, 30], rtol=1e-6)
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(resize_tensorflow1(images, 5), images.astype(np.float32))
-    shrunk = resize_tensorflow1(np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), 2)
+    np.testing.assert_array_equal(resize(images, 5), images.astype(np.float32))
+    shrunk = resize(np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), 2)
     assert shrunk[0, :, 0, 0].tolist() == [0.0, 4.0], "no antialiasing"
 
 
