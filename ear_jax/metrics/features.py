@@ -6,7 +6,7 @@ compiled shape and spread over this process's devices.
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ INCEPTION_NAME = "inception-2015-12-05"
 """What results are recorded under; only under this name is a distance a FID."""
 
 
-@runtime_checkable
-class FeatureNetwork(Protocol):
+class FeatureNetwork(abc.ABC):
     """What turns images into features that sets of images are compared in.
+
+    Any number of images goes through one compiled shape on all devices of this process.
 
     Attributes:
         name: `classifier`, `inception-2015-12-05` or the user's.
@@ -44,28 +45,8 @@ class FeatureNetwork(Protocol):
         classes: how many classes of the data the logits are scores of; 0 where they are of other classes or none.
     """
 
-    name: str
-    digest: str
-    width: int
-    image_px: int | None
-    taps: tuple[str, ...]
-    resize: str
-    classes: int
-
-    def features(self, images: Images) -> Float[np.ndarray, "n width"]:
-        """Return the features of uint8 images; raises DataError where they are not finite."""
-        ...
-
-    def outputs(self, images: Images, taps: Sequence[str] | None = None) -> Outputs:
-        """Return the named taps (all by default) of uint8 images, computed together."""
-        ...
-
-
-class Batched(abc.ABC):
-    """Base of the feature networks: any number of images through one compiled shape on all devices of this process."""
-
     taps: tuple[str, ...] = ("features",)
-    classes = 0
+    classes: int = 0
 
     def __init__(
         self, *, name: str, digest: str, width: int, image_px: int | None, batch_size: int, resize: str
@@ -131,7 +112,7 @@ class Batched(abc.ABC):
                 )
 
 
-class ClassifierFeatures(Batched):
+class ClassifierFeatures(FeatureNetwork):
     """The features under the last layer of a judging classifier, and its logits."""
 
     taps: tuple[str, ...] = ("features", "logits")
@@ -155,7 +136,7 @@ class ClassifierFeatures(Batched):
         return {tap: outputs[tap] for tap in taps}
 
 
-class InceptionNetwork(Batched):
+class InceptionNetwork(FeatureNetwork):
     """The Inception network of FID: its 2048 pooled features, the logits of the Inception Score, and sFID's tap."""
 
     taps: tuple[str, ...] = ("features", "logits", "spatial")
@@ -178,7 +159,7 @@ class InceptionNetwork(Batched):
         return {tap: outputs[self._names[tap]] for tap in taps}
 
 
-class FunctionFeatures(Batched):
+class FunctionFeatures(FeatureNetwork):
     """A user's own network: any traceable function of weights and uint8 images."""
 
     def __init__(

@@ -13,7 +13,7 @@ from ear_jax.config.schema import SAMPLE_METRICS
 from ear_jax.errors import DataError
 from ear_jax.metrics.collector import ImageBatch, Reservoir, ScoreSettings
 from ear_jax.metrics.distances import frechet_distance, frechet_floor
-from ear_jax.metrics.features import FunctionFeatures
+from ear_jax.metrics.features import FeatureNetwork, FunctionFeatures
 from ear_jax.metrics.protocol import Protocol
 from ear_jax.metrics.reconstruction import Reconstructions, ReconstructionScorer, psnr, ssim
 from ear_jax.metrics.reference import Reference, load_reference, reference_moments, rows_path, save_reference
@@ -33,25 +33,18 @@ def make_network(digest: str = "1", seed: int = 0) -> FunctionFeatures:
     return FunctionFeatures(project, weights, name="projection", digest=digest, width=WIDTH, batch_size=16)
 
 
-class Stub:
+class Stub(FeatureNetwork):
     """A network that says it is one of the built-in ones."""
 
-    image_px: int | None = None
-    taps: tuple[str, ...]
-
     def __init__(self, name: str, classes: int = 0) -> None:
-        self._inner = make_network()
-        self.name, self.digest, self.width = name, "1", WIDTH
-        self.resize, self.classes = "none", classes
+        super().__init__(name=name, digest="1", width=WIDTH, image_px=None, batch_size=16, resize="none")
+        self._inner, self.classes = make_network(), classes
         self.taps = ("features", "logits", *(("spatial",) if name.startswith("inception") else ()))
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        return self._inner.features(images)
-
-    def outputs(self, images: np.ndarray, taps: Any = None) -> dict[str, np.ndarray]:
-        found = self.features(images)
+    def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
+        found = self._inner._run(images, ("features",))["features"]
         # The brightest channel is the class that the pictures below were made for.
-        bright = images.astype(np.float32).mean((1, 2))
+        bright = images.astype(jnp.float32).mean((1, 2))
         return {"features": found, "logits": bright, "spatial": found[:, :2]}
 
 
