@@ -42,7 +42,7 @@ def trained() -> tuple[Classifier, list[str]]:
 
 def test_it_learns_and_sees_through_degradations(trained):
     classifier, lines = trained
-    images, labels = _pictures(300, 999_999)
+    images, labels = _pictures(240, 999_999)
     report = accuracy_when_degraded(classifier, images, labels)
     assert set(report) == {"accuracy_clean", "accuracy_noise", "accuracy_blur", "accuracy_block_noise"}
     assert report["accuracy_clean"] > 0.97 and min(report.values()) > 0.85, report
