@@ -10,8 +10,9 @@ from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import SplitSource
 from ear_jax.metrics import classifier
+from ear_jax.metrics.classifier_training import accuracy_when_degraded
+from ear_jax.metrics.distances import frechet_distance
 from ear_jax.metrics.diversity import sample_diversity
-from ear_jax.metrics.frechet import frechet_distance
 from ear_jax.metrics.statistics import statistics_of
 from ear_jax.stages.judge import open_judge
 
@@ -30,7 +31,7 @@ class Judge:
         held_out = open_split(config.data, "eval", seed=config.seed)
         self.images, self.labels = _collect(held_out, config.evaluate.reconstructions)
         trusted = slice(_TRUST_IMAGES)
-        self.trust = classifier.trust_report(self.network, self.images[trusted], self.labels[trusted])
+        self.trust = accuracy_when_degraded(self.network, self.images[trusted], self.labels[trusted])
         self._real = classifier.features(self.network, self.images)
         half = len(self._real) // 2
         self.floor = _distance(self._real[:half], self._real[half:])

@@ -19,14 +19,14 @@ from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import SplitSource
 from ear_jax.heads.energy import EnergyHead
-from ear_jax.metrics import classifier
-from ear_jax.metrics.energy_score import energy_score
+from ear_jax.metrics.classifier_training import train_classifier
+from ear_jax.metrics.collector import ImageBatch
+from ear_jax.metrics.distances import frechet_distance
+from ear_jax.metrics.diversity import energy_score
 from ear_jax.metrics.features import ClassifierFeatures
-from ear_jax.metrics.frechet import frechet_distance
-from ear_jax.metrics.reconstruction_scorer import ReconstructionScorer
+from ear_jax.metrics.reconstruction import Reconstructions, ReconstructionScorer
 from ear_jax.metrics.reference import reference_moments
 from ear_jax.metrics.sample_scorer import SampleScorer
-from ear_jax.metrics.score_types import ImageBatch, Reconstructions
 from ear_jax.metrics.statistics import statistics_of
 from ear_jax.training.optim import make_optimizer, resolve
 from ear_jax.training.step import create_state, make_train_step
@@ -130,7 +130,7 @@ def trains_judge(config: Config, source: SplitSource, keep: Callable[[Classifier
     classes = len(source.class_names)
     loader = Loader(source, batch_size=BATCH_SIZE, seed=config.seed, decode_threads=1)
     try:
-        trained = classifier.train_classifier(
+        trained = train_classifier(
             loader, classes, steps=CLASSIFIER_STEPS, channels=4, seed=config.seed, image_px=config.data.image_px
         )
     finally:

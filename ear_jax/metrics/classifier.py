@@ -1,28 +1,30 @@
-"""A small residual classifier that judges generated images: does a sample show the class that was asked for?
+"""A small residual classifier that judges generated images, and where a trained one is kept.
 
-It is trained on real images with the degradations of `degradations.py`. Keeping one on disk is `classifier_store.py`.
+It says whether a sample shows the class that was asked for. How it is trained is `classifier_training.py`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import safetensors
+import safetensors.numpy
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from ear_jax.metrics.degradations import DEGRADATIONS, degrade, flip_some
-from ear_jax.types import Batch
+from ear_jax.files import write_bytes
+from ear_jax.nn.functional import flatten, functional
 
+FILE_NAME = "classifier.safetensors"
 LEAST_SIDE_PX = 16
 _LAST_GRID = 4
-_LABEL_SMOOTHING = 0.05
-_PEAK_LEARNING_RATE = 4e-3
-_WEIGHT_DECAY = 0.02
-_LOG_EVERY_STEPS = 100
 _CHUNK = 256
 
 Images = UInt8[np.ndarray, "B h w 3"] | Float[np.ndarray, "B h w 3"] | UInt8[Array, "B h w 3"] | Float[Array, "B h w 3"]
@@ -79,87 +81,19 @@ class Classifier(nnx.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(
-    batches: Iterator[Batch],
-    classes: int,
-    *,
-    steps: int,
-    channels: int,
-    seed: int,
-    image_px: int,
-    use_flip: bool = True,
-    log: Callable[[str], None] | None = None,
-) -> Classifier:
-    """Train a classifier on degraded real images and return it.
-
-    Args:
-        batches: Endless training batches: `image` uint8 [B,h,w,3], `label` int [B]; equal batch sizes.
-        classes: Number of classes.
-        steps: Updates.
-        channels: Channels at the first grid; 16 does for shapes, 48 or more for photographs.
-        seed: Seed of the initial weights, flips and degradations.
-        image_px: Side of the images, at least 16.
-        use_flip: Mirror half of the images; switch it off where left and right are classes.
-        log: Receives a line of progress now and then.
-    """
-    abstract = nnx.eval_shape(lambda: Classifier(classes=classes, channels=channels, image_px=image_px))
-    graph, shapes = nnx.split(abstract, nnx.Param)
-    optimizer, update = _make_update(graph, classes, use_flip)
-    params = _initial(shapes, seed)
-    opt_state, root = optimizer.init(params), jax.random.key(seed)
-    warmup = max(1, min(50, steps // 5))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, _PEAK_LEARNING_RATE, warmup, max(steps, warmup + 1))
-    for step in range(1, steps + 1):
-        batch, rng = next(batches), jax.random.fold_in(root, step)
-        rate = np.asarray(schedule(step), np.float32)
-        params, opt_state, loss, right = update(params, opt_state, batch["image"], batch["label"], rng, rate)
-        if log is not None and (step % _LOG_EVERY_STEPS == 0 or step == steps):
-            log(f"classifier step {step}/{steps}  loss {float(loss):.3f}  accuracy on degraded {float(right):.3f}")
-    return nnx.merge(graph, params)
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """Return `features` and `logits` of images (uint8, or floats in [-1, 1]) by a classifier that was split."""
+    classifier: Classifier = nnx.merge(graph, params)
+    features = classifier.features(to_float(images))
+    return {"features": features, "logits": classifier.head(features)}
 
 
-@functools.cache
-def _make_update(graph: Any, classes: int, use_flip: bool) -> tuple[optax.GradientTransformation, Callable[..., tuple]]:
-    # Kept by architecture, and the learning rate is an argument, so that training again does not compile again.
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(b2=0.99),
-        optax.add_decayed_weights(_WEIGHT_DECAY, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)),
-    )
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(
-        params: Any, opt_state: Any, image: jax.Array, label: jax.Array, rng: Key[Array, ""], rate: jax.Array
-    ) -> tuple:
-        flip_rng, degrade_rng = jax.random.split(rng)
-        images = _to_float(image)
-        images = degrade(flip_some(images, flip_rng) if use_flip else images, degrade_rng)
-        targets = optax.smooth_labels(jax.nn.one_hot(label, classes), _LABEL_SMOOTHING)
-
-        def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = nnx.merge(graph, params)(images)
-            right = (logits.argmax(-1) == label).mean()
-            return optax.softmax_cross_entropy(logits, targets).mean(), right
-
-        (loss, right), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        directions, opt_state = optimizer.update(grads, opt_state, params)
-        params = jax.tree.map(lambda leaf, direction: leaf - rate * direction, params, directions)
-        return params, opt_state, loss, right
-
-    return optimizer, update
-
-
-def _initial(shapes: Any, seed: int) -> Any:
-    """Draw He-normal kernels, unit scales and zero biases on the host: compiling the draws would take many seconds."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if leaf.ndim > 1:
-            kernel = rng.standard_normal(leaf.shape, np.float32) * np.sqrt(2.0 / np.prod(leaf.shape[:-1]))
-            return jnp.asarray(kernel, leaf.dtype)
-        return jnp.full(leaf.shape, 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+def to_float(images: jax.Array) -> jax.Array:
+    """Return images as floats in [-1, 1], of uint8 pixels or of such floats."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 127.5 - 1.0
+    return images.astype(jnp.float32)
 
 
 def predict(classifier: Classifier, images: Images) -> Int[np.ndarray, " B"]:
@@ -179,36 +113,36 @@ def accuracy(classifier: Classifier, images: Images, labels: Int[np.ndarray, " B
     return float((predict(classifier, images) == np.asarray(labels)).mean())
 
 
-def trust_report(
-    classifier: Classifier, images: Images, labels: Int[np.ndarray, " B"], *, seed: int = 0
-) -> dict[str, float]:
-    """Return the accuracy on held-out images, clean and under each degradation at half strength.
+def load_or_train(
+    folder: str | os.PathLike[str],
+    *,
+    classes: int,
+    channels: int,
+    image_px: int,
+    made_from: str,
+    train: Callable[[], Classifier],
+) -> Classifier:
+    """Return the classifier kept in `folder` when it fits, else call `train` and keep its result.
 
-    An accuracy of samples can only be trusted as far as these are high.
+    `made_from` is what else decides the weights beside its shape: data digest, steps, batch size, seed.
+
+    Raises:
+        StorageError: The folder cannot be written.
     """
-    result = {"accuracy_clean": accuracy(classifier, images, labels)}
-    floats, half = _to_float(jnp.asarray(images)), jnp.full(len(images), 0.5)
-    for name, function in DEGRADATIONS.items():
-        worse = jnp.clip(jax.jit(function)(floats, jax.random.key(seed), half), -1.0, 1.0)
-        result[f"accuracy_{name}"] = accuracy(classifier, worse, labels)
-    return result
+    path, shape = Path(folder) / FILE_NAME, {"classes": classes, "channels": channels, "image_px": image_px}
+    key = json.dumps({**shape, "made_from": made_from}, sort_keys=True)
+    kept = _load(path, key, shape)
+    if kept is not None:
+        return kept
+    classifier = train()
+    tensors = {name: np.asarray(array) for name, array in flatten(nnx.state(classifier, nnx.Param)).items()}
+    write_bytes(path, safetensors.numpy.save(tensors, metadata={"key": key, "digest": _digest(tensors)}))
+    return classifier
 
 
 def _norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
     groups = next(groups for groups in (8, 4, 2, 1) if channels % groups == 0)
     return nnx.GroupNorm(channels, num_groups=groups, use_fast_variance=False, rngs=rngs)
-
-
-def _to_float(images: jax.Array) -> jax.Array:
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images.astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _forward(graph: Any, params: Any, images: jax.Array, what: str) -> jax.Array:
-    classifier = nnx.merge(graph, params)
-    return classifier.features(_to_float(images)) if what == "features" else classifier(_to_float(images))
 
 
 def _in_chunks(classifier: Classifier, images: Images, what: str) -> np.ndarray:
@@ -218,5 +152,30 @@ def _in_chunks(classifier: Classifier, images: Images, what: str) -> np.ndarray:
         chunk = np.asarray(images[start : start + _CHUNK])
         # One shape, so one compiled program; the filling is cut off again.
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], _CHUNK - len(chunk), axis=0)])
-        outputs.append(np.asarray(_forward(graph, params, filled, what))[: len(chunk)])
+        outputs.append(np.asarray(forward(graph, params, filled)[what])[: len(chunk)])
     return np.concatenate(outputs)
+
+
+def _load(path: Path, key: str, shape: dict[str, int]) -> Classifier | None:
+    # A kept classifier that is damaged or was made otherwise is as good as none: it is trained again.
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError):
+        return None
+    if metadata.get("digest") != _digest(tensors):
+        return None
+    static, shapes, _ = functional(nnx.eval_shape(lambda: Classifier(**shape)))
+    if shapes.keys() != tensors.keys():
+        return None
+    return static.merge({name: jnp.asarray(tensor) for name, tensor in tensors.items()}, {})
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode() + b"\0" + np.ascontiguousarray(tensors[name]).tobytes())
+    return total.hexdigest()

@@ -1,17 +1,31 @@
-"""How varied generated images of one class are beside real ones, and draws for one position beside its target."""
+"""How varied generated images of one class are beside real ones, and draws for one position beside its true value."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.neighbours import centre, squared_distances
+from ear_jax.metrics.collector import NO_LABEL
+from ear_jax.metrics.neighbours import centre, mean_of_pairs, squared_distances
+from ear_jax.metrics.scores import Metric, Scores, Seen, collapse_alarm, has_rows
 from ear_jax.metrics.statistics import Features, check_features, check_same_width
 
+LEAST_DISTANCE_RATIO = 0.5
+LEAST_CLASS_RATIO = 0.25
+LEAST_VARIANCE_RATIO = 0.25
+LEAST_SPREAD_RATIO = 0.5
+MOST_COPIES = 0.01
 PER_CLASS = 512
 _FEW_PER_CLASS = 10
+
+ESTIMATORS = ("plain", "fair", "adjacent", "half_turn")
+
+Tokens = Float[np.ndarray, "*batch D"] | Float[Array, "*batch D"]
+Draws = Float[np.ndarray, "P *batch D"] | Float[Array, "P *batch D"]
+"""P draws for every position."""
 
 Labels = Int[np.ndarray, "..."] | Int[Array, "..."]
 """One class id an image, [N]; other shapes are refused with a DataError."""
@@ -40,6 +54,23 @@ class SampleDiversity:
     copies: float
     notes: tuple[str, ...] = ()
 
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """A sentence for each sign of collapse, a value that is not a number included."""
+        by_class = self.distance_ratio_by_class
+        lowest = min(by_class, key=lambda label: -math.inf if math.isnan(by_class[label]) else by_class[label])
+        of_real, of_class = "within classes relative to real images", f"within class {lowest} relative to real images"
+        alike = "Samples of a class look alike: lower the guidance scale, raise the temperature, or train longer."
+        seed = "Look for a seed or noise that does not change between images."
+        return (
+            *collapse_alarm(self.distance_ratio, LEAST_DISTANCE_RATIO, f"Distance {of_real}", alike),
+            *collapse_alarm(self.variance_ratio, LEAST_VARIANCE_RATIO, f"Variance {of_real}", alike),
+            *collapse_alarm(
+                by_class[lowest], LEAST_CLASS_RATIO, f"Distance {of_class}", "Look at the samples of that class."
+            ),
+            *collapse_alarm(self.copies, MOST_COPIES, "Fraction of equal pairs of samples", seed, is_most=True),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamDiversity:
@@ -59,6 +90,20 @@ class StreamDiversity:
     energy_score_gap: float
     copies: float
 
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """A sentence for each sign of collapse, a value that is not a number included."""
+        where = "Look at the head's draws: a temperature below 1, noise that it ignores, or too short a training."
+        return (
+            *collapse_alarm(
+                self.spread_ratio, LEAST_SPREAD_RATIO, "Distance between draws relative to their error", where
+            ),
+            *collapse_alarm(
+                self.variance_ratio, LEAST_VARIANCE_RATIO, "Variance of draws relative to their error", where
+            ),
+            *collapse_alarm(self.copies, MOST_COPIES, "Fraction of equal pairs of draws", where, is_most=True),
+        )
+
 
 def sample_diversity(
     generated: Features,
@@ -69,15 +114,9 @@ def sample_diversity(
     per_class: int = PER_CLASS,
     seed: int = 0,
 ) -> SampleDiversity:
-    """Compare the variety within each class; classes count equally.
+    """Compare the variety of features [N1, D] and [N2, D] within each class; classes count equally.
 
-    Args:
-        generated: Features of generated images, [N1, D].
-        generated_labels: The class each was asked for.
-        real: Features of real images, [N2, D].
-        real_labels: Their classes.
-        per_class: At most so many images of a class and side enter, drawn without replacement.
-        seed: Seed of that draw.
+    At most `per_class` images of a class and side enter, chosen without replacement.
 
     Raises:
         DataError: No class has two images on both sides, or no real class varies; features that are not finite or of
@@ -109,10 +148,7 @@ def sample_diversity(
     )
 
 
-def stream_diversity(
-    draws: Float[np.ndarray, "P *batch D"] | Float[Array, "P *batch D"],
-    target: Float[np.ndarray, "*batch D"] | Float[Array, "*batch D"],
-) -> StreamDiversity:
+def stream_diversity(draws: Draws, target: Tokens) -> StreamDiversity:
     """Compare P >= 2 independent draws of each position with the position's true token.
 
     The draws must come from the same hidden states, with the true tokens before them.
@@ -141,24 +177,47 @@ def stream_diversity(
     )
 
 
+def energy_score(
+    draws: Draws, target: Tokens, *, beta: float = 1.0, estimator: str = "fair"
+) -> Float[np.ndarray, "*batch"]:
+    """Return mean_i |x_i - y|^beta - S / 2, with an estimate S of E|X - X'|^beta (Gneiting & Raftery 2007).
+
+    For measuring, in float64 on the host; lower is better. The training loss in `heads/energy.py` is twice "fair". The
+    estimators of S, by their names here and in scoringrules:
+
+    - "plain" (`nrg`): all pairs, also i = j, over P^2. Too large a score, by E|X - X'|^beta / (2 P).
+    - "fair" (`fair`): pairs i != j over P (P - 1), P >= 2. Unbiased, and of least variance.
+    - "adjacent" (`akr`): |x_i - x_(i-1)|^beta around the ring. Unbiased, linear in P.
+    - "half_turn" (`akr_circperm`): |x_i - x_(i - floor(P/2))|^beta around the ring. Unbiased, linear in P.
+
+    It is strictly proper for `beta` in (0, 2).
+
+    Raises:
+        ValueError: An unknown estimator, or too few draws for it.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r}; expected one of {', '.join(ESTIMATORS)}.")
+    ensemble, observed = np.asarray(draws, np.float64), np.asarray(target, np.float64)
+    count = len(ensemble)
+    if count < 2 and estimator != "plain":
+        raise ValueError(f"{count} draws; the estimator {estimator!r} needs at least 2.")
+    attraction = _distance(ensemble, observed, beta).mean(axis=0)
+    return attraction - 0.5 * _spread(ensemble, beta, estimator)
+
+
 def _compare(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
     real, generated = centre(real.astype(np.float64), generated.astype(np.float64))
     within_generated, within_real = (np.sqrt(squared_distances(rows, rows)) for rows in (generated, real))
     between = np.sqrt(squared_distances(generated, real)).mean()
-    pair, real_pair = _mean_of_pairs(within_generated), _mean_of_pairs(within_real)
+    pair, real_pair = mean_of_pairs(within_generated), mean_of_pairs(within_real)
     return {
         "generated": pair,
         "real": real_pair,
         "generated_variance": float(generated.var(axis=0, ddof=1).sum()),
         "real_variance": float(real.var(axis=0, ddof=1).sum()),
         "gap": float(between - 0.5 * pair - 0.5 * real_pair),
-        "copies": _mean_of_pairs((within_generated == 0).astype(np.float64)),
+        "copies": mean_of_pairs((within_generated == 0).astype(np.float64)),
     }
-
-
-def _mean_of_pairs(matrix: np.ndarray) -> float:
-    count = len(matrix)
-    return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1)))
 
 
 def _by_class(features: np.ndarray, labels: Labels, per_class: int, seed: int) -> dict[int, np.ndarray]:
@@ -189,3 +248,48 @@ def _notes(sides: tuple[dict[int, np.ndarray], ...], kept: Collection[int]) -> t
 
 def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole > 0 else float("inf") if part > 0 else 1.0
+
+
+def _spread(ensemble: np.ndarray, beta: float, estimator: str) -> np.ndarray:
+    count = len(ensemble)
+    if estimator in ("plain", "fair"):
+        # Each shift of the ring meets every ordered pair of that offset once.
+        total = sum(
+            (_distance(ensemble, np.roll(ensemble, shift, axis=0), beta).sum(axis=0) for shift in range(1, count)),
+            start=np.zeros(ensemble.shape[1:-1]),
+        )
+        return total / (count * (count if estimator == "plain" else count - 1))
+    shift = 1 if estimator == "adjacent" else count // 2
+    return _distance(ensemble, np.roll(ensemble, shift, axis=0), beta).mean(axis=0)
+
+
+def _distance(a: np.ndarray, b: np.ndarray, beta: float) -> np.ndarray:
+    return np.square(a - b).sum(axis=-1) ** (0.5 * beta)
+
+
+def _diversity(seen: Seen) -> Scores:
+    generated, real = seen.collected, seen.real
+    if real.labels is None or NO_LABEL in generated.labels or NO_LABEL in real.labels:
+        raise DataError("Labels are missing: diversity is measured within a class.")
+    found = sample_diversity(
+        generated.features, generated.labels, seen.real_features, real.labels, seed=seen.settings.seed
+    )
+    values = {
+        "diversity": found.distance_ratio,
+        "variance_ratio": found.variance_ratio,
+        "copies": found.copies,
+        "energy_score_gap": found.energy_score_gap,
+        "relative_energy_gap": found.relative_gap,
+    }
+    return Scores(values, found.notes, found.alarms)
+
+
+DIVERSITY = Metric(
+    "diversity",
+    needs="labels of the samples, and features and labels of the reference's images",
+    collects=("rows",),
+    possible=lambda network, reference: (
+        reference is not None and has_rows(network, reference) and reference.labels is not None
+    ),
+    measure=_diversity,
+)

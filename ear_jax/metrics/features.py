@@ -1,13 +1,12 @@
 """Feature networks as the metrics see them: uint8 images in, float32 features out, with a name and a digest.
 
-The networks themselves are `inception_features.py` and `classifier.py`. Here they get one interface: batches are padded
-to one compiled shape and spread over this process's devices.
+The networks themselves are `inception.py` and `classifier.py`. Here they get one interface: batches are padded to one
+compiled shape and spread over this process's devices.
 """
 
 import abc
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +16,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.classifier import Classifier
+from ear_jax.metrics.classifier import Classifier, forward
 from ear_jax.metrics.feature_weights import FeatureWeights, weights_digest
-from ear_jax.metrics.inception import INPUT_PX, TAPS
-from ear_jax.metrics.inception_features import NETWORK_NAME, InceptionFeatures
-from ear_jax.metrics.resize import RESIZE_NAME
+from ear_jax.metrics.inception import INPUT_PX, RESIZE_NAME, TAPS, checked_weights, inception_features
+from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.nn.functional import flatten
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Outputs = dict[str, Float[np.ndarray, "n _"]]
 
 CLASSIFIER_NAME = "classifier"
-INCEPTION_NAME = NETWORK_NAME
+INCEPTION_NAME = "inception-2015-12-05"
+"""What results are recorded under; only under this name is a distance a FID."""
 
 
-@runtime_checkable
-class FeatureNetwork(Protocol):
+class FeatureNetwork(abc.ABC):
     """What turns images into features that sets of images are compared in.
+
+    Any number of images goes through one compiled shape on all devices of this process.
 
     Attributes:
         name: `classifier`, `inception-2015-12-05` or the user's.
@@ -45,28 +45,8 @@ class FeatureNetwork(Protocol):
         classes: how many classes of the data the logits are scores of; 0 where they are of other classes or none.
     """
 
-    name: str
-    digest: str
-    width: int
-    image_px: int | None
-    taps: tuple[str, ...]
-    resize: str
-    classes: int
-
-    def features(self, images: Images) -> Float[np.ndarray, "n width"]:
-        """Return the features of uint8 images; raises DataError where they are not finite."""
-        ...
-
-    def outputs(self, images: Images, taps: Sequence[str] | None = None) -> Outputs:
-        """Return the named taps (all by default) of uint8 images, computed together."""
-        ...
-
-
-class Batched(abc.ABC):
-    """Base of the feature networks: any number of images through one compiled shape on all devices of this process."""
-
     taps: tuple[str, ...] = ("features",)
-    classes = 0
+    classes: int = 0
 
     def __init__(
         self, *, name: str, digest: str, width: int, image_px: int | None, batch_size: int, resize: str
@@ -132,7 +112,7 @@ class Batched(abc.ABC):
                 )
 
 
-class ClassifierFeatures(Batched):
+class ClassifierFeatures(FeatureNetwork):
     """The features under the last layer of a judging classifier, and its logits."""
 
     taps: tuple[str, ...] = ("features", "logits")
@@ -152,11 +132,11 @@ class ClassifierFeatures(Batched):
         self._graph, self._parameters = graph, self._replicated(parameters)
 
     def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
-        outputs = _judged(self._graph, self._parameters, images)
+        outputs = forward(self._graph, self._parameters, images)
         return {tap: outputs[tap] for tap in taps}
 
 
-class InceptionNetwork(Batched):
+class InceptionNetwork(FeatureNetwork):
     """The Inception network of FID: its 2048 pooled features, the logits of the Inception Score, and sFID's tap."""
 
     taps: tuple[str, ...] = ("features", "logits", "spatial")
@@ -172,15 +152,14 @@ class InceptionNetwork(Batched):
             batch_size=batch_size,
             resize=f"{RESIZE_NAME}-{INPUT_PX}",
         )
-        sharding = NamedSharding(self._mesh, PartitionSpec())
-        self._network = InceptionFeatures(weights.arrays, digest=weights.digest, sharding=sharding)
+        self._weights = self._replicated(checked_weights(weights.arrays))
 
     def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
-        outputs = self._network(images, tuple(self._names.values()))  # all of them: one program to compile
+        outputs = inception_features(self._weights, images, tuple(self._names.values()))  # all: one program to compile
         return {tap: outputs[self._names[tap]] for tap in taps}
 
 
-class FunctionFeatures(Batched):
+class FunctionFeatures(FeatureNetwork):
     """A user's own network: any traceable function of weights and uint8 images."""
 
     def __init__(
@@ -212,11 +191,9 @@ class FunctionFeatures(Batched):
         return {"features": self._compiled(self._weights, images).astype(jnp.float32)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _judged(graph: Any, parameters: nnx.State, images: jax.Array) -> dict[str, jax.Array]:
-    judge: Classifier = nnx.merge(graph, parameters)
-    features = judge.features(images.astype(jnp.float32) / 127.5 - 1.0)
-    return {"features": features, "logits": judge.head(features)}
+def feature_protocol(network: FeatureNetwork, image_px: int, *, rounding: str) -> FeatureProtocol:
+    """Return how a network turns images of a size into features, as results record it."""
+    return FeatureProtocol(network.name, network.digest, network.resize, image_px, rounding)
 
 
 def _read(count: int, outputs: dict[str, jax.Array]) -> dict[str, np.ndarray]:

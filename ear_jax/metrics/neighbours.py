@@ -1,13 +1,72 @@
-"""Distances between features in tiles: the neighbour radius of each row, and which rows lie within whose radius."""
+"""Metrics of nearest neighbours, and the distances between rows of features in tiles that they are made of."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ear_jax.metrics.products import inner_products
+from ear_jax.metrics.scores import NEEDS_ROWS, Measurement, Metric, Scores, Seen, has_rows
+from ear_jax.metrics.statistics import Features, check_features, check_same_width
 
 TILE_ROWS = 2048
+_USUAL_COUNT = 10_000
+
+
+def precision_recall(generated: Features, real: Features, *, k: int = 3) -> tuple[Measurement, Measurement]:
+    """Return precision and recall (Kynkäänniemi et al. 2019), each in [0, 1].
+
+    A set's manifold is the union of balls around its rows that reach to the k-th nearest other row, borders included.
+    Precision is the fraction of generated rows inside the real manifold, recall that of real rows inside the generated
+    one. Features are [N1, D] and [N2, D]; memory grows with the number of images and not with its square.
+
+    Raises:
+        DataError: No more than k images on a side, features that are not finite, or other widths.
+    """
+    first, second = _checked(generated, real, k)
+    inside_real, inside_generated = cross_counts(
+        first, second, point_radii=squared_radii(second, k), query_radii=squared_radii(first, k)
+    )
+    notes = _manifold_notes(len(first), len(second))
+    return (
+        Measurement("precision", float(np.mean(inside_real > 0)), notes=notes),
+        Measurement("recall", float(np.mean(inside_generated > 0)), notes=notes),
+    )
+
+
+def density_coverage(generated: Features, real: Features, *, k: int = 5) -> tuple[Measurement, Measurement]:
+    """Return density (1 for equal distributions, no upper bound) and coverage (in [0, 1]).
+
+    Both use balls around the real rows, borders excluded as published. Density is the mean number of balls around a
+    generated row divided by k; coverage is the fraction of balls with a generated row in them, whose expectation for
+    equal distributions and equal counts is about 1 - 2^-k. The k-th nearest row sets a radius (Naeem et al. 2020).
+
+    Raises:
+        DataError: No more than k images on a side, features that are not finite, or other widths.
+    """
+    first, second = _checked(generated, real, k)
+    balls, hits = cross_counts(first, second, point_radii=squared_radii(second, k), strict=True)
+    notes = _manifold_notes(len(first), len(second))
+    return (
+        Measurement("density", float(balls.mean() / k), notes=notes),
+        Measurement("coverage", float(np.mean(hits > 0)), notes=notes),
+    )
+
+
+def inner_products(
+    a: Float[np.ndarray, "M D"], b: Float[np.ndarray, "N D"], *, on_accelerator: bool | None = None
+) -> Float[np.ndarray, "M N"]:
+    """Return a @ b.T: float64 on the host, or float32 without reduced-precision passes on an accelerator.
+
+    The same array twice is half the work on the host; None decides by jax's default backend where to compute.
+    """
+    if on_accelerator is None:
+        on_accelerator = jax.default_backend() != "cpu"
+    if on_accelerator:
+        return np.asarray(_on_accelerator(a.astype(np.float32), b.astype(np.float32)))
+    left = a.astype(np.float64, copy=False)
+    return left @ (left if a is b else b.astype(np.float64, copy=False)).T
 
 
 def squared_distances(
@@ -85,6 +144,40 @@ def centre(features: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(rows - mean.astype(rows.dtype) for rows in (features, *others))
 
 
+def mean_of_pairs(matrix: Float[np.ndarray, "N N"]) -> float:
+    """Return the mean over ordered pairs of different rows: the diagonal is left out."""
+    count = len(matrix)
+    return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1)))
+
+
+def _checked(generated: Features, real: Features, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return both sets of features after the checks that metrics of nearest neighbours share; raises DataError."""
+    if k < 1:
+        raise ValueError(f"k={k}; expected at least 1.")
+    first = check_features(generated, "Generated features", least=k + 1)
+    second = check_features(real, "Real features", least=k + 1)
+    check_same_width(first, second)
+    return first, second
+
+
+def _manifold_notes(generated: int, real: int) -> tuple[str, ...]:
+    """Return the caveats of few or unequal numbers of images, which move all metrics of nearest neighbours."""
+    notes = []
+    if min(generated, real) < _USUAL_COUNT:
+        notes.append(
+            f"{generated} generated and {real} real images: with fewer than {_USUAL_COUNT} radii are wide and the "
+            "values rise; compare only with numbers from as many images."
+        )
+    if generated != real:
+        notes.append(f"{generated} generated against {real} real images: the larger set has the finer manifold.")
+    return tuple(notes)
+
+
+@jax.jit
+def _on_accelerator(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+
 def _tiles(count: int) -> Iterator[slice]:
     return (slice(start, min(start + TILE_ROWS, count)) for start in range(0, count, TILE_ROWS))
 
@@ -94,3 +187,31 @@ def _smallest(kept: np.ndarray, tile: np.ndarray) -> np.ndarray:
     if tile.shape[1] > count:
         tile = np.partition(tile, count - 1, axis=1)[:, :count]
     return np.sort(np.concatenate([kept, tile], axis=1), axis=1)[:, :count]
+
+
+def _of_equal_rows(measure: Callable[..., tuple[Measurement, ...]]) -> Callable[[Seen], Scores]:
+    """Return what measures as many generated as real rows: with more of one side, its manifold would be the finer."""
+
+    def measured(seen: Seen) -> Scores:
+        rows = seen.collected.features, seen.real_features
+        fewest = min(map(len, rows))
+        stream = np.random.default_rng(seen.settings.seed)
+        return Scores.of(*measure(*(side[np.sort(stream.permutation(len(side))[:fewest])] for side in rows)))
+
+    return measured
+
+
+PRECISION_RECALL = Metric(
+    "precision_recall",
+    needs=NEEDS_ROWS,
+    collects=("rows",),
+    possible=has_rows,
+    measure=_of_equal_rows(precision_recall),
+)
+DENSITY_COVERAGE = Metric(
+    "density_coverage",
+    needs=NEEDS_ROWS,
+    collects=("rows",),
+    possible=has_rows,
+    measure=_of_equal_rows(density_coverage),
+)

@@ -7,15 +7,15 @@ both with the number of images and the reference.
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.measurement import Measurement
 
 ROUNDING = "round(clip((x + 1) * 127.5, 0, 255)), ties to even"
-"""The one formula, `io/pictures.to_uint8`; images that come from files were rounded before: `ROUNDED_BEFORE`."""
+"""The one formula, `folders/pictures.to_uint8`; images that come from files were rounded before: `ROUNDED_BEFORE`."""
 
 ROUNDED_BEFORE = "uint8 as stored"
 
@@ -94,7 +94,7 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the protocol as JSON values."""
-        return _plain(dataclasses.asdict(self))
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Protocol":
@@ -126,10 +126,7 @@ def current_versions() -> dict[str, str]:
 def differences(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) -> list[str]:
     """Return a line for every part in which two protocols differ, as `key: value against value`.
 
-    Args:
-        a: A protocol.
-        b: Another.
-        varied: Keys (`sampling.steps`, or the beginning of one: `sampling`) whose difference is the point.
+    `varied` are keys (`sampling.steps`, or the beginning of one: `sampling`) whose difference is the point.
     """
     first, second = _flat(a.to_dict()), _flat(b.to_dict())
     ignored = (*varied, *_NEVER_COMPARED)
@@ -141,12 +138,7 @@ def differences(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) -> li
 
 
 def check_comparable(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) -> None:
-    """Refuse to compare numbers that were measured differently.
-
-    Args:
-        a: Protocol of one number.
-        b: Protocol of the other.
-        varied: Keys that a study varies on purpose, such as `sampling.steps` or `sampling.seed`.
+    """Refuse to compare numbers that were measured differently but for what is `varied` on purpose (see `differences`).
 
     Raises:
         DataError: The protocols differ elsewhere; the message lists every difference.
@@ -158,25 +150,6 @@ def check_comparable(a: Protocol, b: Protocol, *, varied: Collection[str] = ()) 
             f"These numbers cannot be compared, their protocols differ:\n{listed}\n"
             "Expected one protocol. Evaluate both again with the same settings, or say what is varied on purpose."
         )
-
-
-def result_record(measurements: Sequence[Measurement], protocol: Protocol) -> dict[str, Any]:
-    """Return what a result file holds: measurements by name, and the protocol that they share."""
-    names = [measurement.name for measurement in measurements]
-    if len(set(names)) != len(names):
-        raise ValueError(f"Measurements {names} have a name twice; expected one each.")
-    return {
-        "measurements": {measurement.name: measurement.to_dict() for measurement in measurements},
-        "protocol": protocol.to_dict(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

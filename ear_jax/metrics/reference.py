@@ -14,11 +14,10 @@ from jaxtyping import Float, Int
 
 from ear_jax.errors import DataError, StorageError
 from ear_jax.files import atomic_file, file_sha256
-from ear_jax.metrics.collector import Collected, Collector
-from ear_jax.metrics.features import FeatureNetwork
-from ear_jax.metrics.protocol import ROUNDED_BEFORE, FeatureProtocol
+from ear_jax.metrics.collector import Collector, Collects, ImageBatch, ScoreSettings
+from ear_jax.metrics.features import FeatureNetwork, feature_protocol
+from ear_jax.metrics.protocol import ROUNDED_BEFORE
 from ear_jax.metrics.reference_files import ReferenceStatistics, load_reference_statistics, save_reference_statistics
-from ear_jax.metrics.score_types import ImageBatch, ScoreSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +35,6 @@ class Reference:
     labels: Int[np.ndarray, " m"] | None = None
 
 
-def feature_protocol(network: FeatureNetwork, image_px: int, *, rounding: str) -> FeatureProtocol:
-    """Return how a network turns images of a size into features, as results record it."""
-    return FeatureProtocol(network.name, network.digest, network.resize, image_px, rounding)
-
-
 def reference_moments(
     network: FeatureNetwork,
     batches: Iterable[ImageBatch | tuple],
@@ -51,29 +45,21 @@ def reference_moments(
 ) -> Reference:
     """Measure real images as a reference, in one pass with memory that does not grow with them.
 
-    Args:
-        network: What turns images into features.
-        batches: (images, labels) or ImageBatch; this process's share where there are several.
-        source: What the images are, for the record.
-        source_digest: Identifies them.
-        settings: How many rows of features are kept.
+    Every process gives its share of (images, labels) or ImageBatch. `source` says what they are, for the record, and
+    `source_digest` identifies them.
 
     Raises:
         DataError: fewer than two images, images of several sizes, or features that are not finite.
     """
     settings = settings or ScoreSettings()
-    collector = Collector(
-        network, kept=settings.knn_samples, seed=settings.seed, spatial="spatial" in network.taps, logits=False
-    )
+    collects: list[Collects] = ["moments", "rows"]
+    if "spatial" in network.taps:
+        collects.append("spatial")
+    collector = Collector(network, collects, kept=settings.knn_samples, seed=settings.seed)
     for batch in batches:
-        collector.update(batch if isinstance(batch, ImageBatch) else ImageBatch(*batch))
-    return reference_of(network, collector.gathered(), source=source, source_digest=source_digest)
-
-
-def reference_of(network: FeatureNetwork, seen: Collected, *, source: str, source_digest: str) -> Reference:
-    """Return what a collector gathered as a reference; raises DataError without moments."""
-    if seen.statistics is None:
-        raise DataError("a reference needs the moments of the features")
+        collector.update(batch)
+    seen = collector.gathered()
+    assert seen.statistics is not None
     statistics = ReferenceStatistics(
         pooled=seen.statistics,
         spatial=seen.spatial,

@@ -115,11 +115,6 @@ def load_reference_statistics(path: str | os.PathLike[str]) -> ReferenceStatisti
 def check_reference(reference: ReferenceStatistics, features: FeatureProtocol, width: int) -> tuple[str, ...]:
     """Make sure that images measured as `features` can be compared with a reference; return what it leaves unsaid.
 
-    Args:
-        reference: Statistics that were read or built.
-        features: How the images to score become features.
-        width: Number of pooled features.
-
     Raises:
         DataError: Another width, feature network, weights, resize or image size; every difference is listed.
     """

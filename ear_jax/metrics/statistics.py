@@ -1,9 +1,17 @@
-"""Mean and covariance of features that arrive in batches, in float64 and with memory that does not grow with images."""
+"""Moments of what arrives in batches, with memory that does not grow with images, and how processes join theirs.
+
+Mean and covariance of features in float64; mean and standard deviation of a tokenizer's continuous tokens.
+"""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int
 
 from ear_jax.errors import DataError
 
@@ -173,3 +181,78 @@ def check_same_width(generated: np.ndarray, real: np.ndarray) -> None:
             f"Generated features are {generated.shape[1]} wide, real ones {real.shape[1]}. "
             "Expected the same feature network and tap for both."
         )
+
+
+def gather_moments(moments: FeatureMoments) -> FeatureMoments:
+    """Return the moments over all processes, equal on each; every process must call, with or without images."""
+    if jax.process_count() == 1:
+        return moments
+    count, mean, scatter = moments.to_arrays()
+    sizes = gather_arrays(np.asarray([count, len(mean)], np.int64))
+    width = int(sizes[:, 1].max())
+    if not len(mean):
+        mean, scatter = np.zeros(width), np.zeros((width, width))
+    total = FeatureMoments()
+    # One process at a time: the scatter matrices of many hosts need not be in memory together.
+    for process, (rows, _) in enumerate(sizes):
+        source = jax.process_index() == process
+        parts = [_from(array, source) for array in (mean, scatter)]
+        total.merge(FeatureMoments.from_arrays(int(rows), *parts))
+    return total
+
+
+def gather_rows(rows: np.ndarray, indices: Int[np.ndarray, " N"]) -> np.ndarray:
+    """Return the rows of all processes sorted by the index of their image; every process must call.
+
+    Sorting makes what draws rows at random (the subsets of KID, the splits of the Inception score) independent of the
+    number of processes. An index that occurs twice counts once.
+    """
+    if jax.process_count() > 1:
+        counts = gather_arrays(np.asarray([len(rows)], np.int64))[:, 0]
+        held = np.arange(counts.max()) < counts[:, None]
+        rows, indices = (
+            gather_arrays(_padded(array, len(held[0])))[held] for array in (rows, indices.astype(np.int64))
+        )
+    _, first = np.unique(indices, return_index=True)
+    return rows[first]
+
+
+def gather_arrays(array: np.ndarray) -> np.ndarray:
+    """Return the arrays of all processes, [process, ...]; every process must call. Only 16-bit numbers become wider."""
+    if jax.process_count() == 1:
+        return array[None]
+    words = np.asarray(multihost_utils.process_allgather(_words(array)))
+    dtype = array.dtype if array.dtype.itemsize % 4 == 0 else np.dtype(np.float32)
+    return np.ascontiguousarray(words).view(dtype).reshape(-1, *array.shape)
+
+
+def latent_sums(
+    mean: Float[Array, "B n c"], std: Float[Array, "B n c"], weight_B: Float[Array, " B"]
+) -> tuple[Float[Array, ""], Float[Array, " c"], Float[Array, " c"]]:
+    """Return count, sum and sum of squares per channel of a posterior's tokens; rows of weight 0 do not count."""
+    weight = weight_B[:, None, None]
+    squares = jnp.square(mean) + jnp.square(std)
+    return weight_B.sum() * mean.shape[1], (mean * weight).sum(axis=(0, 1)), (squares * weight).sum(axis=(0, 1))
+
+
+def latent_statistics(sums: Iterable[tuple[Any, Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return per-channel mean and standard deviation, float64, of sampled tokens from the `latent_sums` of batches."""
+    parts = [[np.asarray(part, np.float64) for part in batch] for batch in sums]
+    count, total, squares = (np.sum([batch[index] for batch in parts], axis=0) for index in range(3))
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([array, np.zeros((length - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    # jax would round 64-bit values to 32 bits on the way, so only whole 32-bit words travel.
+    wide = array if array.dtype.itemsize % 4 == 0 else array.astype(np.float32)
+    return np.ascontiguousarray(wide).reshape(-1).view(np.uint32)
+
+
+def _from(array: np.ndarray, source: bool) -> np.ndarray:
+    words = np.asarray(multihost_utils.broadcast_one_to_all(_words(array), is_source=source))
+    return np.ascontiguousarray(words).view(array.dtype).reshape(array.shape)

@@ -8,8 +8,8 @@ import numpy as np
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.inference.pipeline import Pipeline
+from ear_jax.metrics.collector import ImageBatch
 from ear_jax.metrics.protocol import SamplingProtocol
-from ear_jax.metrics.score_types import ImageBatch
 
 
 def drawn_batches(loaded: Pipeline, config: Config, *, count: int, first: int) -> Iterator[ImageBatch]:

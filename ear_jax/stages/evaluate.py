@@ -16,14 +16,14 @@ from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, write_json
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
-from ear_jax.metrics.classifier import trust_report
-from ear_jax.metrics.collapse import collapse_alarm
+from ear_jax.metrics.classifier_training import accuracy_when_degraded
+from ear_jax.metrics.collector import ScoreSettings
 from ear_jax.metrics.feature_weights import lpips_weights
 from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork
-from ear_jax.metrics.reconstruction_scorer import Distance, ReconstructionScorer
+from ear_jax.metrics.reconstruction import Distance, Reconstructions, ReconstructionScorer
 from ear_jax.metrics.reference import Reference
 from ear_jax.metrics.sample_scorer import SampleScorer
-from ear_jax.metrics.score_types import Reconstructions, Scores, ScoreSettings
+from ear_jax.metrics.scores import Scores
 from ear_jax.nn.functional import functional
 from ear_jax.nn.perceptual import PerceptualDistance
 from ear_jax.stages.drawn import drawn_batches, sampling_protocol
@@ -89,7 +89,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
         "reconstruction_scores": {name: part.values for name, part in reconstructed.items()},
         "streams": {} if streams is None else dataclasses.asdict(streams),
         "warnings": warnings,
-        "collapse": [*reconstructed["full"].alarms, *scores.alarms, *collapse_alarm(streams=streams)],
+        "collapse": [*reconstructed["full"].alarms, *scores.alarms, *(() if streams is None else streams.alarms)],
         "protocol": {
             "judge": judge_protocol(config),
             "judge_weights_sha256": judge.digest,
@@ -186,7 +186,7 @@ def _trust(judge: ClassifierFeatures, held_out: SplitSource, config: Config) -> 
     """Return the judge's accuracy on held-out images, clean and degraded, and what to beware of."""
     batches = list(source_batches(Subset(held_out, TRUST_IMAGES, seed=config.seed), config))
     labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None])
-    trust = trust_report(judge.classifier, np.concatenate([batch.images for batch in batches]), labels)
+    trust = accuracy_when_degraded(judge.classifier, np.concatenate([batch.images for batch in batches]), labels)
     warnings, worst = [], min(trust.values())
     if judge.classes == 1:
         warnings.append(

@@ -11,8 +11,8 @@ from ear_jax.data.sources import SplitSource
 from ear_jax.distributed.process import barrier
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
-from ear_jax.metrics.classifier import LEAST_SIDE_PX, Classifier, train_classifier
-from ear_jax.metrics.classifier_store import load_or_train
+from ear_jax.metrics.classifier import LEAST_SIDE_PX, Classifier, load_or_train
+from ear_jax.metrics.classifier_training import train_classifier
 
 
 def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[str], None]) -> Classifier:

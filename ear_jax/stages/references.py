@@ -17,10 +17,10 @@ from ear_jax.distributed.process import barrier, on_first_process
 from ear_jax.errors import DataError
 from ear_jax.files import cache_folder, digest_of, file_sha256
 from ear_jax.folders.pictures import safe_name
+from ear_jax.metrics.collector import ImageBatch, ScoreSettings
 from ear_jax.metrics.feature_weights import INCEPTION, inception_weights
 from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork, InceptionNetwork
 from ear_jax.metrics.reference import Reference, load_reference, reference_moments, save_reference
-from ear_jax.metrics.score_types import ImageBatch, ScoreSettings
 from ear_jax.stages.judge import open_judge
 from ear_jax.stages.session import Session
 

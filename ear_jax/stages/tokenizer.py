@@ -16,8 +16,8 @@ from ear_jax.data.quarantine import write_quarantine
 from ear_jax.distributed.process import to_host
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
-from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
 from ear_jax.metrics.reconstruction import psnr
+from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
 from ear_jax.stages.session import Session
 from ear_jax.training.loop import train

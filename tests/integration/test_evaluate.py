@@ -23,14 +23,13 @@ from tiny import differing, one_device_mesh, quick_compilation, random_model, ti
 from ear_jax.config import read
 from ear_jax.config.derive import stage_lengths
 from ear_jax.config.kinds import sampling_of
-from ear_jax.config.schema import SAMPLE_METRICS, Config
+from ear_jax.config.schema import Config
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import Subset
 from ear_jax.folders import model_folder
 from ear_jax.folders.pictures import save_npz
 from ear_jax.inference import pipeline
 from ear_jax.main import main
-from ear_jax.metrics import sample_scorer
 from ear_jax.metrics.feature_weights import lpips_weights
 from ear_jax.metrics.protocol import Protocol
 from ear_jax.metrics.reference_files import load_reference_statistics
@@ -221,10 +220,6 @@ def test_images_of_another_size_than_the_data_are_refused(workdir, drawn, tmp_pa
     save_npz(tmp_path / "small.npz", drawn[0][:, ::2, ::2], drawn[1])
     assert run(workdir, "--task=evaluate", f"--config.evaluate.images={tmp_path / 'small.npz'}") == 65
     assert "have 8 pixels a side, config.data.image_px is 16" in capsys.readouterr().err
-
-
-def test_metric_names_of_the_configuration_are_those_of_the_scores():
-    assert set(sample_scorer._NEEDS) == set(SAMPLE_METRICS)
 
 
 def test_file_names_that_stand_for_two_classes_stand_for_none():

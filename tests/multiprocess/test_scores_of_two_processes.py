@@ -21,8 +21,11 @@ def measure(process: int, count: int) -> dict[str, float]:
     """Score this process's share: every other real image, its half of the samples, every other reconstruction."""
     import jax.numpy as jnp
 
-    from ear_jax.metrics import scores
+    from ear_jax.metrics.collector import ImageBatch, ScoreSettings
     from ear_jax.metrics.features import FunctionFeatures
+    from ear_jax.metrics.reconstruction import Reconstructions, ReconstructionScorer
+    from ear_jax.metrics.reference import reference_moments
+    from ear_jax.metrics.sample_scorer import score_samples
 
     weights = np.random.default_rng(0).normal(size=(PX * PX * 3, 5)).astype(np.float32) / PX
     network = FunctionFeatures(
@@ -33,28 +36,26 @@ def measure(process: int, count: int) -> dict[str, float]:
         width=5,
         batch_size=16,
     )
-    settings = scores.ScoreSettings(knn_samples=100)
+    settings = ScoreSettings(knn_samples=100)
 
     def share(images: np.ndarray, labels: np.ndarray, *, strided: bool):
         every = np.arange(len(images))
         mine = every[process::count] if strided else np.array_split(every, count)[process]
         for rows in np.array_split(mine, 3):
-            yield scores.ImageBatch(images[rows], labels[rows], rows)
+            yield ImageBatch(images[rows], labels[rows], rows)
 
     real = share(*pictures(240, 1), strided=True)
-    reference = scores.reference_moments(network, real, source="noise", settings=settings)
+    reference = reference_moments(network, real, source="noise", settings=settings)
     drawn = share(*pictures(151, 2), strided=False)
-    found = scores.score_samples(network, drawn, reference, settings=settings)
+    found = score_samples(network, drawn, reference, settings=settings)
     originals, labels = pictures(51, 5)
     images = originals ^ np.random.default_rng(0).integers(0, 32, originals.shape, np.uint8)
     codes = np.random.default_rng(1).integers(0, 8, (51, 4))
-    pairs = (
-        scores.Reconstructions(
-            batch.images, images[batch.numbers], batch.labels, (codes[batch.numbers],), batch.numbers
-        )
-        for batch in share(originals, labels, strided=True)
-    )
-    mended = scores.score_reconstructions(network, pairs, codebook_sizes=(16,))
+    scorer = ReconstructionScorer(network, codebook_sizes=(16,))
+    for batch in share(originals, labels, strided=True):
+        rows = batch.numbers
+        scorer.update(Reconstructions(batch.images, images[rows], batch.labels, (codes[rows],), rows))
+    mended = scorer.scores()
     counts = {"count": found.protocol["count"], "reconstructions": mended.protocol["count"]}
     return {**found.values, **mended.values, **counts}
 

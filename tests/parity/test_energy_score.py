@@ -8,7 +8,7 @@ import numpy as np
 from parity.golden import Golden
 
 from ear_jax.heads.energy import energy_score as training_loss
-from ear_jax.metrics.energy_score import energy_score
+from ear_jax.metrics.diversity import energy_score
 
 ESTIMATORS = {"nrg": "plain", "fair": "fair", "akr": "adjacent", "akr_circperm": "half_turn"}
 

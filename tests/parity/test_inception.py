@@ -2,13 +2,12 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from parity.golden import Golden
 
-from ear_jax.metrics.inception import INPUT_PX, TAPS
-from ear_jax.metrics.inception_features import InceptionFeatures
-from ear_jax.metrics.resize import resize_tensorflow1
+from ear_jax.metrics.inception import INPUT_PX, TAPS, checked_weights, inception_features, resize_tensorflow1
 from ear_jax.weights.families import inception
 
 
@@ -38,10 +37,10 @@ def _images(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def test_every_output(golden: Golden, weights: dict[str, np.ndarray]):
-    features = InceptionFeatures(weights, digest="")
+    placed = jax.device_put(checked_weights(weights))
     for size, images in _images(golden).items():
         count = len(golden.inputs[f"img_{size}"])
-        outputs = features(images, taps=tuple(TAPS))
+        outputs = inception_features(placed, images, tuple(TAPS))
         for tap in golden.config["features"]:
             golden.check(f"{tap}_{size}", outputs[tap][:count])
         resized = np.asarray(resize_tensorflow1(images[:count], INPUT_PX)).transpose(0, 3, 1, 2)
@@ -74,4 +73,4 @@ def test_spatial_tap_is_the_first_seven_channels_of_the_1x1_branch_of_mixed_6d(
 
 def _spatial(images: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
     # All taps, so that it is the program of the other test.
-    return np.asarray(InceptionFeatures(weights, digest="")(images, taps=tuple(TAPS))["spatial"])
+    return np.asarray(inception_features(checked_weights(weights), images, tuple(TAPS))["spatial"])

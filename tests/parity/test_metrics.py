@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from parity.golden import Golden
 
-from ear_jax.metrics.frechet import frechet_distance
-from ear_jax.metrics.inception_score import inception_score
-from ear_jax.metrics.kernel_distance import kernel_distance, squared_mmd
-from ear_jax.metrics.precision_recall import precision_recall
+from ear_jax.metrics.class_scores import inception_score
+from ear_jax.metrics.distances import frechet_distance, kernel_distance, squared_mmd
+from ear_jax.metrics.neighbours import precision_recall
 from ear_jax.metrics.statistics import FeatureMoments, FeatureStatistics, statistics_of
 
 

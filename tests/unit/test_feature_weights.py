@@ -7,7 +7,7 @@ import socket
 import urllib.request
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,9 +18,7 @@ from ear_jax.errors import DataError
 from ear_jax.files import cache_folder, file_sha256
 from ear_jax.metrics import feature_weights
 from ear_jax.metrics.feature_weights import INCEPTION, inception_weights, lpips_weights, weights_digest
-from ear_jax.metrics.inception import TAPS, Inception
-from ear_jax.metrics.inception_features import InceptionFeatures
-from ear_jax.metrics.resize import resize_tensorflow1
+from ear_jax.metrics.inception import TAPS, Inception, checked_weights, inception_features, resize_tensorflow1
 from ear_jax.nn.functional import functional
 from ear_jax.weights import download
 from ear_jax.weights.download import PublicFile, fetch
@@ -163,20 +161,13 @@ def test_another_network_and_damaged_weights_are_refused():
     shapes = functional(nnx.eval_shape(Inception))[1]
     arrays = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
     with pytest.raises(DataError, match=r"class_kernel has shape \(2048, 1000\), expected shape \(2048, 1008\)"):
-        InceptionFeatures({**arrays, "class_kernel": np.zeros((2048, 1000), np.float32)}, digest="")
+        checked_weights({**arrays, "class_kernel": np.zeros((2048, 1000), np.float32)})
     with pytest.raises(DataError, match="mixed_5b/chains/0/0/kernel is missing"):
-        InceptionFeatures({n: a for n, a in arrays.items() if n != "mixed_5b/chains/0/0/kernel"}, digest="")
+        checked_weights({n: a for n, a in arrays.items() if n != "mixed_5b/chains/0/0/kernel"})
     with pytest.raises(DataError, match="conv_1a/bias has values that are not finite"):
-        InceptionFeatures({**arrays, "conv_1a/bias": np.full(32, np.nan, np.float32)}, digest="")
-    features = InceptionFeatures(arrays, digest="abc", dtype=jnp.bfloat16)
-    assert features.protocol == {
-        "network": "inception-2015-12-05",
-        "weights_sha256": "abc",
-        "resize": "bilinear-tensorflow1-299",
-        "dtype": "bfloat16",
-    }
+        checked_weights({**arrays, "conv_1a/bias": np.full(32, np.nan, np.float32)})
     with pytest.raises(ValueError, match=f"no tap 'pool_3'; it has {', '.join(TAPS)}"):
-        features(np.zeros((1, 8, 8, 3), np.uint8), taps=("pool_3",))
+        inception_features(arrays, np.zeros((1, 8, 8, 3), np.uint8), ("pool_3",))
 
 
 def test_lpips_is_read_from_one_file_and_from_the_two_public_ones(tmp_path: Path):
@@ -220,12 +211,13 @@ def test_lpips_falls_back_on_the_cache_for_the_linear_layers(
 
 
 def test_resize_takes_the_published_positions():
+    resize = jax.jit(resize_tensorflow1, static_argnums=1)
     row = np.arange(4, dtype=np.float32).reshape(1, 1, 4, 1) * 10
     # Positions 0, 2/3, 4/3, 2, 8/3, 10/3: no half-pixel shift, and the last one repeats the edge.
-    np.testing.assert_allclose(resize_tensorflow1(row, 6)[0, 0, :, 0], [0, 20 / 3, 40 / 3, 20, 80 / 3, 30], rtol=1e-6)
+    np.testing.assert_allclose(resize(row, 6)[0, 0, :, 0], [0, 20 / 3, 40 / 3, 20, 80 / 3, 30], rtol=1e-6)
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(resize_tensorflow1(images, 5), images.astype(np.float32))
-    shrunk = resize_tensorflow1(np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), 2)
+    np.testing.assert_array_equal(resize(images, 5), images.astype(np.float32))
+    shrunk = resize(np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), 2)
     assert shrunk[0, :, 0, 0].tolist() == [0.0, 4.0], "no antialiasing"
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from ear_jax.errors import DataError
 from ear_jax.metrics import classifier as classifiers
-from ear_jax.metrics import features
+from ear_jax.metrics import classifier_training, features
 from ear_jax.metrics.classifier import Classifier
 from ear_jax.metrics.feature_weights import FeatureWeights
 from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork, FunctionFeatures, InceptionNetwork
@@ -32,7 +32,7 @@ def network(weights: np.ndarray | None = None, **changes) -> FunctionFeatures:
 
 def make_judge(seed: int) -> Classifier:
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Classifier(classes=5, channels=4, image_px=PX)), nnx.Param)
-    return nnx.merge(graph, classifiers._initial(shapes, seed))
+    return nnx.merge(graph, classifier_training._initial(shapes, seed))
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +92,11 @@ def test_unknown_outputs_and_names_of_others_are_refused():
 
 
 def test_inception_is_asked_for_the_taps_of_the_published_metrics(monkeypatch):
-    class Recorder:
-        def __init__(self, arrays, *, digest, sharding):
-            self.arrays = arrays
+    def recorded(weights, images, taps):
+        return {tap: jnp.full((len(images), 2), index, jnp.float32) for index, tap in enumerate(taps)}
 
-        def __call__(self, images, taps):
-            return {tap: jnp.full((len(images), 2), index, jnp.float32) for index, tap in enumerate(taps)}
-
-    monkeypatch.setattr(features, "InceptionFeatures", Recorder)
+    monkeypatch.setattr(features, "checked_weights", lambda arrays: arrays)
+    monkeypatch.setattr(features, "inception_features", recorded)
     inception = InceptionNetwork(FeatureWeights({}, "abc", {}), batch_size=8)
     assert (inception.name, inception.digest, inception.width) == ("inception-2015-12-05", "abc", 2048)
     assert (inception.resize, inception.image_px, inception.classes) == ("bilinear-tensorflow1-299", None, 0)

@@ -11,10 +11,8 @@ from scipy.spatial.distance import cdist, pdist
 
 from ear_jax.errors import DataError
 from ear_jax.heads.energy import energy_score as training_loss
-from ear_jax.metrics.codebook_usage import codebook_usage, count_ids
-from ear_jax.metrics.collapse import collapse_alarm
-from ear_jax.metrics.diversity import sample_diversity, stream_diversity
-from ear_jax.metrics.energy_score import energy_score
+from ear_jax.metrics.diversity import energy_score, sample_diversity, stream_diversity
+from ear_jax.metrics.reconstruction import codebook_usage, count_ids
 from ear_jax.tokenizers.codebook import CodebookState, usage
 
 
@@ -46,25 +44,25 @@ def test_equal_distributions_have_unit_ratios_and_no_alarm():
     assert found.distance_ratio == pytest.approx(1.0, abs=0.02)
     assert found.variance_ratio == pytest.approx(1.0, abs=0.05)
     assert abs(found.relative_gap) < 0.01
-    assert collapse_alarm(samples=found) == []
+    assert found.alarms == ()
 
 
 def test_a_collapsed_class_sounds_the_alarm():
     (generated, labels), real = _classes(90), _classes(90, seed=1)
     generated[labels == 2] = generated[2]
-    alarms = collapse_alarm(samples=sample_diversity(generated, labels, *real))
+    alarms = sample_diversity(generated, labels, *real).alarms
     assert len(alarms) == 2
     assert alarms[0].startswith("Distance within class 2 relative to real images is 0; expected at least 0.25.")
     assert alarms[1].startswith("Fraction of equal pairs of samples is 0.333; expected at most 0.01.")
     narrow = sample_diversity(*_classes(90, 0.1), *real)
     assert narrow.relative_gap > 0.2
-    assert [alarm.split(" relative")[0] for alarm in collapse_alarm(samples=narrow)] == [
+    assert [alarm.split(" relative")[0] for alarm in narrow.alarms] == [
         "Distance within classes",
         "Variance within classes",
         f"Distance within class {min(narrow.distance_ratio_by_class, key=narrow.distance_ratio_by_class.__getitem__)}",
     ]
     broken = dataclasses.replace(narrow, distance_ratio=math.nan, variance_ratio=1.0, distance_ratio_by_class={0: 1.0})
-    assert [alarm[:42] for alarm in collapse_alarm(samples=broken)] == ["Distance within classes relative to real i"]
+    assert [alarm[:42] for alarm in broken.alarms] == ["Distance within classes relative to real i"]
 
 
 def test_classes_that_cannot_be_compared_are_noted_or_refused():
@@ -93,7 +91,7 @@ def test_stream_diversity_measures_the_width_of_draws(width):
     unit = 2 * math.gamma(2.5) / math.gamma(2)
     assert found.energy_score_gap == pytest.approx(unit * (math.sqrt((1 + width**2) / 2) - width), rel=0.05, abs=0.02)
     assert found.copies == (1.0 if width == 0 else 0.0)
-    assert len(collapse_alarm(streams=found)) == {1.0: 0, 0.2: 2, 0.0: 3}[width]
+    assert len(found.alarms) == {1.0: 0, 0.2: 2, 0.0: 3}[width]
 
 
 def test_unusable_draws_are_refused():
@@ -129,17 +127,17 @@ def test_codebook_usage_agrees_with_what_training_logs():
     state = CodebookState(jnp.zeros((64, 2)), jnp.asarray(counts, jnp.float32), jnp.zeros((64, 2)), jnp.int32(1))
     used, perplexity = usage(state)
     found = codebook_usage(counts)
-    assert found.used == pytest.approx(float(used), rel=1e-6)
-    assert found.perplexity == pytest.approx(float(perplexity), rel=1e-5)
-    assert found.seen == np.mean(counts > 0) and found.ids == counts.sum() and not found.notes
+    assert found.values["codebook_usage"] == pytest.approx(float(used), rel=1e-6)
+    assert found.values["codebook_perplexity"] == pytest.approx(float(perplexity), rel=1e-5)
+    assert not found.warnings
 
 
 def test_ids_are_counted_and_checked():
     ids = jnp.asarray([[0, 3, 3], [1, 3, 0]])
     np.testing.assert_array_equal(count_ids(ids, 5), [2, 1, 0, 3, 0])
-    even = codebook_usage(np.full(8, 50))
-    assert (even.used, even.seen) == (1.0, 1.0) and even.perplexity == pytest.approx(8.0)
-    assert "6 ids for 5 codes" in codebook_usage(count_ids(ids, 5)).notes[0]
+    even = codebook_usage(np.full(8, 50), suffix="_1").values
+    assert even == {"codebook_usage_1": 1.0, "codebook_perplexity_1": pytest.approx(8.0)}
+    assert "6 ids for 5 codes" in codebook_usage(count_ids(ids, 5)).warnings[0]
     with pytest.raises(DataError, match="3 of 6 ids lie outside the codebook of 3 codes, such as 3"):
         count_ids(ids, 3)
     with pytest.raises(DataError, match="No ids"):
@@ -151,7 +149,6 @@ def test_ids_are_counted_and_checked():
 def test_an_unused_codebook_sounds_the_alarm():
     counts = np.zeros(200, np.int64)
     counts[:3] = 10_000
-    alarms = collapse_alarm(codebook=codebook_usage(counts))
+    alarms = codebook_usage(counts).alarms
     assert [alarm[:23] for alarm in alarms] == ["Fraction of codes in us", "Perplexity over the num"]
-    assert collapse_alarm(codebook=codebook_usage(np.full(200, 50))) == []
-    assert collapse_alarm() == []
+    assert codebook_usage(np.full(200, 50)).alarms == ()

@@ -8,7 +8,8 @@ import pytest
 from scipy import linalg
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.frechet import expected_bias, frechet_distance
+from ear_jax.metrics.distances import expected_bias, frechet_distance
+from ear_jax.metrics.scores import Measurement
 from ear_jax.metrics.statistics import BLOCK_ROWS, FeatureMoments, FeatureStatistics, statistics_of
 
 
@@ -92,7 +93,7 @@ def test_distance_of_two_gaussians_is_the_closed_form():
     second = FeatureStatistics(np.array([0.0, 2.0]), np.diag([1.0, 16.0]), None)
     measured = frechet_distance(first, second, name="fid")
     assert measured.value == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=1e-12)
-    assert measured.to_dict() == {"name": "fid", "value": measured.value}
+    assert measured == Measurement("fid", measured.value), "nothing to beware of"
 
 
 def test_distance_agrees_with_the_matrix_root_and_is_symmetric():

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from two_processes import run_two
 
-from ear_jax.metrics.gather import gather_moments, gather_rows
-from ear_jax.metrics.statistics import FeatureMoments, statistics_of
+from ear_jax.metrics.statistics import FeatureMoments, gather_moments, gather_rows, statistics_of
 
 COUNT, WIDTH = 1500, 6
 

@@ -8,7 +8,6 @@ import pytest
 
 from ear_jax.errors import DataError
 from ear_jax.folders.pictures import to_uint8
-from ear_jax.metrics.measurement import Measurement
 from ear_jax.metrics.protocol import (
     ROUNDING,
     FeatureProtocol,
@@ -16,7 +15,6 @@ from ear_jax.metrics.protocol import (
     SamplingProtocol,
     check_comparable,
     differences,
-    result_record,
 )
 
 FEATURES = FeatureProtocol("inception-2015-12-05", "ab12", "bilinear-tensorflow1", 32)
@@ -33,19 +31,6 @@ def test_a_protocol_survives_a_json_file():
     for broken in ({"features": {"network": "x"}}, {"count": 3}, {**PROTOCOL.to_dict(), "surprise": 1}):
         with pytest.raises(DataError, match="stored protocol does not fit"):
             Protocol.from_dict(broken)
-
-
-def test_a_record_holds_every_number_with_its_protocol():
-    numbers = [
-        Measurement("fid", 3.2, count=50_000, notes=("few",)),
-        Measurement("kid", 0.1, std=0.2, interval=(0.0, 0.3)),
-    ]
-    record = result_record(numbers, PROTOCOL)
-    assert record["measurements"]["fid"] == {"name": "fid", "value": 3.2, "count": 50_000, "notes": ["few"]}
-    assert record["measurements"]["kid"]["interval"] == [0.0, 0.3]
-    assert record["protocol"] == PROTOCOL.to_dict() == json.loads(json.dumps(record["protocol"]))
-    with pytest.raises(ValueError, match="twice"):
-        result_record([numbers[0], numbers[0]], PROTOCOL)
 
 
 def test_different_protocols_are_not_compared():

@@ -15,7 +15,7 @@ import torch_files
 from ear_jax.data.image_sets import ImageBatches
 from ear_jax.errors import DataError
 from ear_jax.folders.pictures import save_npz
-from ear_jax.metrics.frechet import frechet_distance
+from ear_jax.metrics.distances import frechet_distance
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.reference_files import (
     ReferenceStatistics,

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from tiny_tokenizers import IMAGE_PX, LATENT_CHANNELS, LATENT_GRID, compiled, tiny_hybrid, tiny_vae
 
-from ear_jax.metrics.latent_statistics import latent_statistics, latent_sums
+from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Keys
 from ear_jax.tokenizers.decoder import Decoder
 from ear_jax.tokenizers.fusion import make_fusion

@@ -1,11 +1,12 @@
-"""Inception Score: how sure a classifier is of each image, and how evenly the images spread over its classes."""
+"""What class scores say of samples: how sure and how evenly spread they are, and whether they are as asked for."""
 
 import itertools
 
 import numpy as np
 
 from ear_jax.errors import DataError
-from ear_jax.metrics.measurement import Measurement
+from ear_jax.metrics.features import INCEPTION_NAME
+from ear_jax.metrics.scores import Measurement, Metric, Scores, Seen
 from ear_jax.metrics.statistics import Features, check_features
 
 SHUFFLE_SEED = 2020
@@ -40,7 +41,7 @@ def inception_score(logits: Features, *, splits: int = 10, shuffle_seed: int | N
             f"{count // splits} images a split for {classes} classes: the score reads low, it cannot exceed the number "
             "of images a split; the usual is 5,000 a split.",
         )
-    return Measurement("inception_score", float(np.mean(scores)), std=float(np.std(scores)), count=count, notes=notes)
+    return Measurement("inception_score", float(np.mean(scores)), std=float(np.std(scores)), notes=notes)
 
 
 def _score(logits: np.ndarray) -> float:
@@ -50,3 +51,30 @@ def _score(logits: np.ndarray) -> float:
     p = np.exp(log_p)
     log_marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))
     return float(np.exp((p * (log_p - log_marginal)).sum(axis=1).mean()))
+
+
+def _class_accuracy(seen: Seen) -> Scores:
+    answers = seen.collected.answers
+    asked = np.flatnonzero(answers[:, 0])
+    if not len(asked):
+        if seen.settings.metrics:
+            raise DataError("class_accuracy needs the label of each image, and there are none.")
+        return Scores()
+    by_class = {int(label): float(answers[label, 1] / answers[label, 0]) for label in asked}
+    return Scores({"class_accuracy": float(answers[:, 1].sum() / answers[:, 0].sum())}, by_class=by_class)
+
+
+INCEPTION_SCORE = Metric(
+    "inception_score",
+    needs="the Inception network",
+    collects=("logits",),
+    possible=lambda network, reference: network.name == INCEPTION_NAME,
+    measure=lambda seen: Scores.of(inception_score(seen.collected.logits)),
+)
+CLASS_ACCURACY = Metric(
+    "class_accuracy",
+    needs="a network that knows the classes, and labels of the samples",
+    collects=("answers",),
+    possible=lambda network, reference: network.classes > 0,
+    measure=_class_accuracy,
+)
