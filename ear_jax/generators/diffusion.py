@@ -133,7 +133,7 @@ def denoise_level(
     noise_at: Callable[[jax.Array], jax.Array],
     sampling: Sampling,
 ) -> Float[Array, "B N D"]:
-    """Run the generator's sampler from given noise; see `nn.gaussian_diffusion.reverse`."""
+    """Run the generator's sampler from given noise; see `nn.diffusion.reverse`."""
     process, options = generator.process(sampling.steps[0]), {"temperature": sampling.temperature}
     return diffusion.reverse(process, denoise, start_BND, noise_at, sampler=generator.sampler, **options)
 
