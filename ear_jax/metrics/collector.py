@@ -47,8 +47,8 @@ class ScoreSettings:
 
     Attributes:
         metrics: names of metrics of samples, or of reconstructions; empty = all that network and reference allow.
-        knn_samples: features drawn at most, from each side, for the metrics that compare rows with each other.
-        seed: of that draw and of what is drawn within a class.
+        knn_samples: rows of features kept at most, of each side, for the metrics that compare rows with each other.
+        seed: of the choice of these rows and of those within a class.
     """
 
     metrics: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Collected:
         image_px: their side.
         statistics: of the features.
         spatial: of the spatial tap.
-        features: a uniform draw of rows [m, D], in the order of the images.
+        features: a uniform choice of rows [m, D], in the order of the images.
         labels: class ids of these rows, -1 for none.
         logits: class scores, of up to 50,000 images.
         answers: for each class how many images it was asked of, and how many show it.
@@ -85,7 +85,7 @@ class Collector:
     """Runs a network over batches and keeps what is needed; memory does not grow with the images beyond `kept` rows."""
 
     def __init__(self, network: FeatureNetwork, collects: Collection[Collects], *, kept: int = 0, seed: int = 0):
-        """Choose what is collected; `kept` rows of features at most, drawn with `seed`."""
+        """Choose what is collected; `kept` rows of features at most, chosen with `seed`."""
         self.network, self.count = network, 0
         self._image_px: int | None = None
         self._moments = {

@@ -1,6 +1,6 @@
-"""The real images that samples are compared with: their statistics, and a draw of their features where it is at hand.
+"""The real images that samples are compared with: their statistics, and some of their features where they are at hand.
 
-The statistics are a file that other evaluators read too; the draw lies beside it in `<name>.rows.npz`.
+The statistics are a file that other evaluators read too; the rows lie beside it in `<name>.rows.npz`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Reference:
 
     Attributes:
         statistics: what the Fréchet distances need, and where it comes from.
-        features: a uniform draw of rows [m, D], or None.
+        features: a uniform choice of rows [m, D], or None.
         labels: class ids of these rows, or None.
     """
 
