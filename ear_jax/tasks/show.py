@@ -17,7 +17,7 @@ from ear_jax.levels import Fields, LevelSpec, TokenizerSpec
 from ear_jax.nn.flops import count_equations, count_flops
 from ear_jax.nn.functional import Arrays, Keys, functional, merged_arrays
 from ear_jax.training.report import readable_count
-from ear_jax.types import cached_batch
+from ear_jax.types import Tokens, cached_batch
 
 CLASSES_UNKNOWN = 1000
 GIB = 2**30
@@ -96,8 +96,8 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
     inputs = (arrays, label, label, jnp.uint32(0), traced(sampling))
     traced_draw, levels = jax.make_jaxpr(programs.levels, return_shape=True)(*inputs)
     generating = count_equations(traced_draw)
-    drawn = jax.eval_shape(lambda arrays, levels: programs.generator(arrays).to_tokens(levels), arrays, levels)
-    decoding = count_flops(programs.decode, of_tokenizer, drawn)
+    drawn = jax.eval_shape(lambda arrays, levels: programs.generator(arrays).to_tokens(levels).levels, arrays, levels)
+    decoding = count_flops(lambda arrays, levels: programs.decode(arrays, Tokens(levels)), of_tokenizer, drawn)
     print("\nSampling one image")
     guided = "with" if sampling.is_guided else "without"
     print(f"  generator {generating / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")
