@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
-from ear_jax.data.randomness import mix
+from ear_jax.data.sources import mix
 from ear_jax.metrics.gather import gather_rows
 
 Rows = dict[str, np.ndarray]

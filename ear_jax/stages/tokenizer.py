@@ -14,7 +14,7 @@ from ear_jax.config.derive import stage_lengths
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import Loader, eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.quarantine import write_quarantine
+from ear_jax.data.sources import write_quarantine
 from ear_jax.distributed.process import to_host
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check

@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.attention import SpatialAttention
-from ear_jax.nn.conv import convolution, upsample_nearest
+from ear_jax.nn.conv import convolution
 from ear_jax.nn.layers import GroupNorm
+from ear_jax.nn.resize import upsample_nearest
 
 IMAGE_CHANNELS = 3
 GROUPS = 32
