@@ -11,7 +11,7 @@ from ear_jax.config import derive
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.weights.entries import Entry
-from ear_jax.weights.families import dit, ear, kl_vae, mar, var, vqvae
+from ear_jax.weights.families import dit, kl_vae, masked, var, vqvae
 
 PREFERRED_GENERATOR = ("model_ema", "ema", "model", "state_dict", "var_wo_ddp")
 """Tables of a generator's file, best first: the published evaluations use averaged weights."""
@@ -121,12 +121,14 @@ def _vqvae(config: Config) -> list[Entry]:
 
 def _ear(config: Config) -> list[Entry]:
     own = config.generator
-    return ear.entries(depth=own.backbone.depth, head_depth=own.energy.depth, class_tokens=own.backbone.class_tokens)
+    return masked.ear_entries(
+        depth=own.backbone.depth, head_depth=own.energy.depth, class_tokens=own.backbone.class_tokens
+    )
 
 
 def _mar(config: Config) -> list[Entry]:
     own = config.generator
-    return mar.entries(
+    return masked.mar_entries(
         encoder_depth=own.backbone.encoder_depth,
         depth=own.backbone.depth,
         head_depth=own.diffusion.depth,
