@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from ear_jax.checkpoint import leaves, manifest
 from ear_jax.distributed.process import any_process, barrier, on_first_process
 from ear_jax.errors import ConfigError, DataError, StorageError
-from ear_jax.storage import as_storage_error, check_free_space, is_out_of_memory
+from ear_jax.files import as_storage_error, check_free_space, is_out_of_memory
 
 
 def quiet_orbax() -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ear_jax.errors import StorageError
-from ear_jax.files import read_json, write_json
+from ear_jax.files import as_storage_error, check_free_space, read_json, write_json
 from ear_jax.folders.lock import RunLock
-from ear_jax.storage import as_storage_error, check_free_space
 
 COMPLETE = "complete.json"
 
