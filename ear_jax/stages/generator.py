@@ -85,6 +85,7 @@ def train_generator(session: Session) -> None:
         folder=workdir.stage("generator"),
         ledger=session.ledger,
         tensorboard_folder=workdir.tensorboard,
+        shown=("loss", "loss/coarse", "loss/fine", "accuracy/coarse"),
         grid=grid,
         overwrite=take_over,
         score=TrainingScores(session, pipeline) if config.evaluate.every_steps else None,

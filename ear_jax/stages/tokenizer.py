@@ -81,6 +81,7 @@ def train_tokenizer(session: Session) -> None:
         folder=workdir.stage("tokenizer"),
         ledger=session.ledger,
         tensorboard_folder=workdir.tensorboard,
+        shown=("loss", "psnr", "psnr_coarse", "codebook/usage"),
         grid=grid,
     )
     try:
