@@ -1,11 +1,13 @@
 """The convolutional KL autoencoder: KL-16 of MAR and EAR, Stable Diffusion's KL-f8 of DiT, by their sizes."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ear_jax.tokenizers.autoencoder import Decoder, Encoder, latent_grid
+from ear_jax.tokenizers.autoencoder import Decoder, Encoder, Sizes, latent_grid
 from ear_jax.tokenizers.latents import GaussianTokenizer, split_moments
 
 
@@ -46,22 +48,10 @@ class KLVAE(GaussianTokenizer):
         rngs: nnx.Rngs,
     ):
         super().__init__(image_px, latent_grid(image_px, multipliers), latent_channels)
-        sizes = {"channels": channels, "multipliers": multipliers, "blocks": blocks, "projection_kernel": 1}
-        network = Encoder(
-            out_channels=2 * latent_channels,
-            attention_levels=attention_levels(encoder_attention, multipliers),
-            **sizes,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.encoder = MomentsEncoder(network)
-        self.decoder = Decoder(
-            latent_channels=latent_channels,
-            attention_levels=attention_levels(decoder_attention, multipliers),
-            **sizes,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        decoder = Sizes(channels, multipliers, blocks, attention_levels(decoder_attention, multipliers), 1)
+        encoder = dataclasses.replace(decoder, attention_levels=attention_levels(encoder_attention, multipliers))
+        self.encoder = MomentsEncoder(Encoder(encoder, out_channels=2 * latent_channels, dtype=dtype, rngs=rngs))
+        self.decoder = Decoder(decoder, latent_channels=latent_channels, dtype=dtype, rngs=rngs)
 
 
 def attention_levels(attention: bool | tuple[int, ...], multipliers: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Lite-Hybrid: a LiteVAE latent as discrete coarse tokens plus continuous fine tokens, fused before decoding."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,37 +141,28 @@ class LiteHybrid(LatentTokenizer):
 
     With z the mean of the VAE's posterior and up(k) the map of the codes: u = r + UNet(r), r = z - up(k), and the
     decoder sees fuse(up(k) + u). All learned corrections start at zero, so the hybrid path starts as the plain VAE.
-    The posterior's standard deviation is the VAE's. Dropping the fine level decodes fuse(up(k)).
+    The posterior's standard deviation is the VAE's. Dropping the fine level decodes fuse(up(k)). `coarse` are the
+    arguments of `CoarseTokenizer`: grids, codes, code_channels, initialisation, decay and revive_below.
     """
 
     def __init__(
         self,
         *,
         vae: LiteVAE,
-        grids: tuple[int, ...],
-        codes: int,
-        code_channels: int,
-        initialisation: str,
-        decay: float,
-        revive_below: float,
         fine_channels: int,
         fine_multipliers: tuple[int, ...],
         fine_blocks: int,
         fusion: str,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
+        **coarse: Any,
     ):
         super().__init__(vae.latent_channels)
         self.vae = vae
         self.coarse = CoarseTokenizer(
             latent_channels=vae.latent_channels,
             latent_grid=vae.latent_grid,
-            grids=grids,
-            codes=codes,
-            code_channels=code_channels,
-            initialisation=initialisation,
-            decay=decay,
-            revive_below=revive_below,
+            **coarse,
             dtype=dtype,
             rngs=rngs,
         )
@@ -184,6 +176,7 @@ class LiteHybrid(LatentTokenizer):
             rngs=rngs,
         )
         self.fusion = make_fusion(fusion, vae.latent_channels, dtype=dtype, rngs=rngs)
+        grids, codes = self.coarse.grids, self.coarse.codes
         names = ["coarse"] if len(grids) == 1 else [f"coarse_{grid}" for grid in grids]
         discrete = tuple(LevelSpec(name, grid, "discrete", codes) for name, grid in zip(names, grids, strict=True))
         self.spec = TokenizerSpec(vae.spec.image_px, (*discrete, *vae.spec.levels))

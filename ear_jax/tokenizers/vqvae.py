@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ear_jax.tokenizers.autoencoder import Decoder, Encoder, latent_grid
+from ear_jax.tokenizers.autoencoder import Decoder, Encoder, Sizes, latent_grid
 from ear_jax.tokenizers.latents import LatentTokenizer
 from ear_jax.tokenizers.scale_quantiser import QuantiserTraining, ScaleQuantiser
 from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
@@ -54,14 +54,8 @@ class VQVAE(LatentTokenizer):
         self.spec = TokenizerSpec(
             image_px, tuple(LevelSpec(f"scale_{scale}", scale, "discrete", codes) for scale in scales)
         )
-        sizes = {
-            "channels": channels,
-            "multipliers": multipliers,
-            "blocks": blocks,
-            "attention_levels": (len(multipliers) - 1,),
-            "projection_kernel": projection_kernel,
-        }
-        self.encoder = Encoder(out_channels=latent_channels, **sizes, dtype=dtype, rngs=rngs)
+        sizes = Sizes(channels, multipliers, blocks, (len(multipliers) - 1,), projection_kernel)
+        self.encoder = Encoder(sizes, out_channels=latent_channels, dtype=dtype, rngs=rngs)
         self.quantiser = ScaleQuantiser(
             scales=scales,
             codes=codes,
@@ -73,7 +67,7 @@ class VQVAE(LatentTokenizer):
             convolve_last=self.convolve_last,
             rngs=rngs,
         )
-        self.decoder = Decoder(latent_channels=latent_channels, **sizes, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(sizes, latent_channels=latent_channels, dtype=dtype, rngs=rngs)
 
     def posterior(self, images: Float[Array, "B h w 3"]) -> Posterior:
         """Encode images in [-1, 1] to the ids of each scale."""

@@ -1,6 +1,7 @@
 """How a stage is getting on: a live bar on a terminal, one plain line an interval elsewhere."""
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,7 @@ class Progress:
         flops_per_step: float | None = None,
         peak_flops_per_s: float | None = None,
         enabled: bool = True,
-        output: TextIO | None = None,
+        output: TextIO | io.StringIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock.
