@@ -1,6 +1,9 @@
 """Pieces that several recipes share: the published EAR generator and training, and the `tiny` reduction."""
 
+from collections.abc import Callable
 from typing import Any
+
+import ml_collections
 
 Recipe = dict[str, Any]
 
@@ -48,6 +51,16 @@ def ear_sample() -> Recipe:
     return dict(guidance_scale=3.0, guidance_schedule="linear", temperature=0.7)
 
 
+def imagenet(image_px: int) -> Recipe:
+    """Return ImageNet at a size."""
+    return dict(source="tfds:imagenet2012", image_px=image_px, eval_images=50_000, decode_threads=16)
+
+
+def photograph_evaluation() -> Recipe:
+    """Return sizes of evaluation and its judge for photographs."""
+    return dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64)
+
+
 def photograph_loss() -> Recipe:
     """Return the tokenizer's loss for photographs; LPIPS joins with `loss.lpips` and `loss.vgg_weights`."""
     return dict(
@@ -87,7 +100,7 @@ def photograph_tokenizer_training() -> Recipe:
 def kl16() -> Recipe:
     """Return data and tokenizer of the masked families: ImageNet at 256 px, 16 x 16 latents of 16 channels (KL-16)."""
     return dict(
-        data=dict(source="tfds:imagenet2012", image_px=256, eval_images=50_000, decode_threads=16),
+        data=imagenet(256),
         tokenizer=dict(
             name="kl_vae",
             kl_vae=dict(
@@ -101,7 +114,7 @@ def kl16() -> Recipe:
             loss=photograph_loss(),
         ),
         tokenizer_training=photograph_tokenizer_training(),
-        evaluate=dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64),
+        evaluate=photograph_evaluation(),
     )
 
 
@@ -130,12 +143,13 @@ def shrink(recipe: Recipe) -> None:
     if tokenizer["name"] == "lite_hybrid":
         tokenizer["hybrid_start_steps"] = 2
     generator["backbone"] |= dict(width=64, depth=2, heads=4)
-    if generator["backbone"].get("name") == "mar":
+    kind = generator["backbone"].get("name")
+    if kind == "mar":
         generator["backbone"] |= dict(encoder_depth=2)
     if "energy" in generator:
         generator["energy"] |= dict(width=64, depth=2)
     if "diffusion" in generator:
-        generator["diffusion"] |= dict(width=64, depth=2, sample_steps=4)
+        generator["diffusion"] |= dict(width=64, depth=2, sample_steps=10 if kind == "mar" else 4)
     for name in ("tokenizer_training", "generator_training"):
         recipe[name] |= dict(
             batch_size=batch_size,
@@ -153,24 +167,33 @@ def shrink(recipe: Recipe) -> None:
     recipe["data"]["eval_images"] = 8
     recipe["latents"] = dict(batch_size=batch_size)
     recipe["sample"] |= dict(count=4, batch_size=2)
-    if generator["backbone"].get("name") in ("mar", "dit"):
-        recipe["sample"] |= dict(fine_steps=4)
+    if kind in ("mar", "dit"):
+        recipe["sample"] |= dict(fine_steps=16 if kind == "mar" else 4)
     recipe["evaluate"] = dict(
         samples=4, reconstructions=4, classifier_steps=2, classifier_batch_size=4, classifier_channels=4
     )
     recipe["bench"] = dict(batch_size=1, warmup_repeats=1, repeats=3)
 
 
-def split_variant(variant: str, names: tuple[str, ...], modifiers: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Return the recipe's name (the first of `names` when none is said) and the modifiers after it.
+def config_of(variant: str, names: tuple[str, ...], recipe_of: Callable[[str], Recipe]) -> ml_collections.ConfigDict:
+    """Return the keys of a variant that differ from the defaults; `,tiny` after its name reduces it."""
+    name, is_tiny = split_variant(variant, names)
+    recipe = recipe_of(name)
+    if is_tiny:
+        shrink(recipe)
+    return ml_collections.ConfigDict(recipe)
+
+
+def split_variant(variant: str, names: tuple[str, ...]) -> tuple[str, bool]:
+    """Return the recipe's name (the first of `names` when none is said) and whether `,tiny` follows it.
 
     Raises:
         ValueError: A word is neither, or there are two names.
     """
     words = [word.strip() for word in variant.split(",") if word.strip()]
-    chosen = [word for word in words if word not in modifiers]
+    chosen = [word for word in words if word != "tiny"]
     if len(chosen) > 1 or any(word not in names for word in chosen):
         raise ValueError(
             f"there is no variant {variant!r}. Variants: {', '.join(names)}; each can be followed by ',tiny'."
         )
-    return (chosen or [names[0]])[0], [word for word in words if word in modifiers]
+    return (chosen or [names[0]])[0], "tiny" in words

@@ -20,7 +20,7 @@ from typing import Any
 
 import ml_collections
 
-from _recipes import photograph_loss, photograph_tokenizer_training, shrink, split_variant
+from _recipes import config_of, imagenet, photograph_evaluation, photograph_loss, photograph_tokenizer_training
 
 _BACKBONES = {
     "s": dict(width=384, depth=12, heads=6),
@@ -32,28 +32,18 @@ _PUBLISHED_STEPS = {"xl2": 7_000_000, "xl2_512": 3_000_000}
 
 # The first one is what `configs/dit.py` alone stands for.
 VARIANTS = (*(f"{size}{patch}" for size in _BACKBONES for patch in (2, 4, 8)), "xl2_512")
-MODIFIERS = ("tiny",)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys of a variant that differ from the defaults."""
-    name, modifiers = split_variant(variant, VARIANTS, MODIFIERS)
-    recipe = _recipe(name)
-    if "tiny" in modifiers:
-        shrink(recipe)
-    return ml_collections.ConfigDict(recipe)
+    return config_of(variant, VARIANTS, _recipe)
 
 
 def _recipe(name: str) -> dict[str, Any]:
     size, patch = name.removesuffix("_512")[:-1], int(name.removesuffix("_512")[-1])
     return dict(
         name=f"dit_{name}",
-        data=dict(
-            source="tfds:imagenet2012",
-            image_px=512 if name.endswith("_512") else 256,
-            eval_images=50_000,
-            decode_threads=16,
-        ),
+        data=imagenet(512 if name.endswith("_512") else 256),
         tokenizer=dict(
             name="kl_vae",
             kl_vae=dict(
@@ -91,5 +81,5 @@ def _recipe(name: str) -> dict[str, Any]:
         ),
         # Both published FIDs of XL/2 with guidance are measured at 1.5.
         sample=dict(guidance_scale=1.5, guidance_schedule="constant"),
-        evaluate=dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64),
+        evaluate=photograph_evaluation(),
     )

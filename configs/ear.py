@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from _recipes import ear_base_generator, ear_generator_training, ear_sample, kl16, shrink, split_variant
+from _recipes import config_of, ear_base_generator, ear_generator_training, ear_sample, kl16
 
 _SIZES = {
     "b": (dict(width=768, depth=24, heads=12), dict(width=1024, depth=6)),
@@ -27,16 +27,11 @@ _SIZES = {
 }
 
 VARIANTS = tuple(_SIZES)
-MODIFIERS = ("tiny",)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys of a variant that differ from the defaults."""
-    name, modifiers = split_variant(variant, VARIANTS, MODIFIERS)
-    recipe = _recipe(name)
-    if "tiny" in modifiers:
-        shrink(recipe)
-    return ml_collections.ConfigDict(recipe)
+    return config_of(variant, VARIANTS, _recipe)
 
 
 def _recipe(size: str) -> dict[str, Any]:

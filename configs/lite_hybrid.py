@@ -23,23 +23,20 @@ from typing import Any
 import ml_collections
 
 from _recipes import (
+    config_of,
     ear_base_generator,
     ear_generator_training,
     ear_sample,
+    imagenet,
+    photograph_evaluation,
     photograph_loss,
     photograph_tokenizer_training,
-    shrink,
-    split_variant,
 )
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys of a variant that differ from the defaults."""
-    name, modifiers = split_variant(variant, VARIANTS, MODIFIERS)
-    recipe = _RECIPES[name]()
-    if "tiny" in modifiers:
-        shrink(recipe)
-    return ml_collections.ConfigDict(recipe)
+    return config_of(variant, VARIANTS, lambda name: _RECIPES[name]())
 
 
 def _demo() -> dict[str, Any]:
@@ -237,7 +234,7 @@ def _imagenet64() -> dict[str, Any]:
 def _imagenet256() -> dict[str, Any]:
     return dict(
         name="lite_hybrid_imagenet256",
-        data=dict(source="tfds:imagenet2012", image_px=256, eval_images=50_000, decode_threads=16),
+        data=imagenet(256),
         tokenizer=dict(
             name="lite_hybrid",
             vae=dict(
@@ -270,7 +267,7 @@ def _imagenet256() -> dict[str, Any]:
         ),
         generator_training=ear_generator_training(),
         sample=ear_sample(),
-        evaluate=dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64),
+        evaluate=photograph_evaluation(),
     )
 
 
@@ -312,4 +309,3 @@ _RECIPES = {
     "imagenet1024": _imagenet1024,
 }
 VARIANTS = tuple(_RECIPES)
-MODIFIERS = ("tiny",)

@@ -13,44 +13,35 @@ from typing import Any
 import ml_collections
 
 from _recipes import (
+    config_of,
     ear_base_generator,
     ear_generator_training,
     ear_sample,
+    imagenet,
+    photograph_evaluation,
     photograph_loss,
     photograph_tokenizer_training,
-    shrink,
-    split_variant,
 )
 
 VARIANTS = ("s", "b", "m", "l", "compact")
-MODIFIERS = ("tiny",)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys of a variant that differ from the defaults."""
-    name, modifiers = split_variant(variant, VARIANTS, MODIFIERS)
-    recipe = _recipe(name)
-    if "tiny" in modifiers:
-        shrink(recipe)
-    return ml_collections.ConfigDict(recipe)
+    return config_of(variant, VARIANTS, _recipe)
 
 
 def _recipe(size: str) -> dict[str, Any]:
     return dict(
         name=f"lite_vae_{size}",
-        data=dict(
-            source="tfds:imagenet2012",
-            image_px=256 if size == "compact" else 128,
-            eval_images=50_000,
-            decode_threads=16,
-        ),
+        data=imagenet(256 if size == "compact" else 128),
         tokenizer=dict(name="lite_vae", vae=_COMPACT if size == "compact" else _f8(size), loss=photograph_loss()),
         tokenizer_training=photograph_tokenizer_training(),
         # 256 tokens in every size: 16 x 16 latent pixels.
         generator=ear_base_generator(),
         generator_training=ear_generator_training(),
         sample=ear_sample(),
-        evaluate=dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64),
+        evaluate=photograph_evaluation(),
     )
 
 

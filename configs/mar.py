@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from _recipes import ear_base_generator, ear_generator_training, kl16, shrink, split_variant
+from _recipes import config_of, ear_base_generator, ear_generator_training, kl16
 
 _SIZES = {
     "b": (dict(width=768, encoder_depth=12, depth=12, heads=12), dict(width=1024, depth=6), 2.9),
@@ -28,19 +28,11 @@ _SIZES = {
 }
 
 VARIANTS = tuple(_SIZES)
-MODIFIERS = ("tiny",)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys of a variant that differ from the defaults."""
-    name, modifiers = split_variant(variant, VARIANTS, MODIFIERS)
-    recipe = _recipe(name)
-    if "tiny" in modifiers:
-        shrink(recipe)
-        recipe["generator"]["backbone"] |= dict(encoder_depth=2)
-        recipe["generator"]["diffusion"] |= dict(width=64, depth=2, sample_steps=10)
-        recipe["sample"] |= dict(fine_steps=16)
-    return ml_collections.ConfigDict(recipe)
+    return config_of(variant, VARIANTS, _recipe)
 
 
 def _recipe(size: str) -> dict[str, Any]:

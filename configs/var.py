@@ -21,7 +21,7 @@ from typing import Any
 
 import ml_collections
 
-from _recipes import photograph_loss, photograph_tokenizer_training, shrink, split_variant
+from _recipes import config_of, imagenet, photograph_evaluation, photograph_loss, photograph_tokenizer_training
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -37,16 +37,11 @@ _TRAINING = {
 
 # The first one is what `configs/var.py` alone stands for.
 VARIANTS = tuple(_TRAINING)
-MODIFIERS = ("tiny",)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys of a variant that differ from the defaults."""
-    name, modifiers = split_variant(variant, VARIANTS, MODIFIERS)
-    recipe = _recipe(name)
-    if "tiny" in modifiers:
-        shrink(recipe)
-    return ml_collections.ConfigDict(recipe)
+    return config_of(variant, VARIANTS, _recipe)
 
 
 def _recipe(name: str) -> dict[str, Any]:
@@ -54,13 +49,7 @@ def _recipe(name: str) -> dict[str, Any]:
     epochs, batch_size, learning_rate, gate_init, final_ratio, final_weight_decay = _TRAINING[name]
     return dict(
         name=f"var_{name}",
-        data=dict(
-            source="tfds:imagenet2012",
-            image_px=512 if is_large else 256,
-            use_flip=False,
-            eval_images=50_000,
-            decode_threads=16,
-        ),
+        data=imagenet(512 if is_large else 256) | dict(use_flip=False),
         tokenizer=dict(
             name="vqvae",
             vqvae=dict(
@@ -116,5 +105,5 @@ def _recipe(name: str) -> dict[str, Any]:
         ),
         # The published FID is measured at t = 1.5, which is s = 1 + t.
         sample=dict(guidance_scale=2.5, guidance_schedule="linear", coarse_temperature=1.0, top_k=900, top_p=0.96),
-        evaluate=dict(samples=10_000, reconstructions=10_000, classifier_steps=20_000, classifier_channels=64),
+        evaluate=photograph_evaluation(),
     )

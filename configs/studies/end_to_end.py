@@ -14,8 +14,8 @@ from _study import base
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys that differ from the defaults."""
-    recipe, modifiers = base(variant, "end_to_end")
-    recipe["bench"] = dict(warmup_repeats=1, repeats=3) if "tiny" in modifiers else dict(warmup_repeats=3, repeats=30)
+    recipe, is_tiny = base(variant, "end_to_end")
+    recipe["bench"] = dict(warmup_repeats=1, repeats=3) if is_tiny else dict(warmup_repeats=3, repeats=30)
     return ml_collections.ConfigDict(recipe)
 
 

@@ -11,8 +11,8 @@ from _study import base
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the keys that differ from the defaults."""
-    recipe, modifiers = base(variant, "fidelity")
-    if "tiny" not in modifiers:
+    recipe, is_tiny = base(variant, "fidelity")
+    if not is_tiny:
         recipe["tokenizer_training"] |= dict(steps=700, grid_every_steps=0)
         recipe["tokenizer"] |= dict(hybrid_start_steps=250)
     return ml_collections.ConfigDict(recipe)

@@ -1,9 +1,8 @@
-"""The manifest of a checkpoint: what every leaf must be, vouched for by a checksum of its own.
+"""A checkpoint's leaves by path, and its manifest: what every leaf must be, vouched for by a checksum of its own.
 
 Because the manifest is sealed, a leaf that is missing from it means another model, and a broken seal means damage.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -13,7 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from ear_jax.distributed.mesh import path_of
 
 LeafDigest = tuple[tuple[int, ...], str, str]
 """Shape, dtype name and sixteen hexadecimal digits of one leaf."""
@@ -21,6 +24,39 @@ LeafDigest = tuple[tuple[int, ...], str, str]
 SECOND_STRIDE = np.uint32(2 * 0x9E3779B9 % (1 << 32))
 MULTIPLIER = np.uint32(0x7FEB352D)
 CHUNK = 1 << 15
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Return every leaf by its path, such as `params/blocks/0/kernel`; TypeError for a leaf that is no array."""
+    leaves: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = path_of(key_path)
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(f"{path} is {type(leaf).__name__}; a checkpoint holds plain jax arrays only")
+        if path in leaves:
+            raise TypeError(f"two leaves have the path {path}")
+        leaves[path] = leaf
+    return leaves
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the non-empty leaves as nested dictionaries (array storage refuses arrays of size zero)."""
+    return unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.size}, sep="/")
+
+
+def unnest(tree: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of `expected` from nested dictionaries; empty ones are made anew."""
+    stored = flatten_dict(tree, sep="/")
+    return {
+        path: stored[path] if leaf.size else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), abstract(leaf).sharding)
+        for path, leaf in expected.items()
+    }
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and sharding of a leaf; without a sharding, the first local device."""
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def leaf_digests(leaves: Mapping[str, jax.Array]) -> dict[str, LeafDigest]:
@@ -112,7 +148,7 @@ def _words_on_host(block: np.ndarray) -> np.ndarray:
     return block[..., None].view(np.uint32)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _sums_on_device(block: jax.Array, start: jax.Array, strides: jax.Array) -> jax.Array:
     words = _words_on_device(block)
     position = jnp.full(words.shape, start)

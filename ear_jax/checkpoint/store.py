@@ -1,8 +1,4 @@
-"""Keeps the storage library's own account of errors off the terminal: each is raised as well, and said once by us.
-
-A failed read or write otherwise prints hundreds of lines: nested tracebacks in the log, and, whenever the collector
-comes by, one more page for every read that was under way beside the failed one.
-"""
+"""Saving and restoring the steps of one stage through orbax, each verified by its manifest."""
 
 import contextlib
 import dataclasses
@@ -19,14 +15,19 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ear_jax.checkpoint import leaves, manifest
+from ear_jax.checkpoint import manifest
 from ear_jax.distributed.process import any_process, barrier, on_first_process
 from ear_jax.errors import ConfigError, DataError, StorageError
-from ear_jax.storage import as_storage_error, check_free_space, is_out_of_memory
+from ear_jax.files import as_storage_error, check_free_space, is_out_of_memory
 
 
 def quiet_orbax() -> None:
-    """Install both filters; calling again does nothing. Whatever is not orbax's passes unchanged."""
+    """Keep orbax's own account of errors off the terminal: each is raised as well, and said once by us.
+
+    A failed read or write otherwise prints hundreds of lines: nested tracebacks in the log, and, whenever the collector
+    comes by, one more page for every read under way beside the failed one. Calling again does nothing; whatever is not
+    orbax's passes unchanged.
+    """
     for name in ("absl", "asyncio"):
         logger = logging.getLogger(name)
         if not any(isinstance(existing, _LogFilter) for existing in logger.filters):
@@ -136,7 +137,7 @@ class CheckpointStore:
             if wait:
                 self.wait()
             return
-        arrays = leaves.flatten(state)
+        arrays = manifest.leaves_by_path(state)
         sealed_host = manifest.plain_json(host)
         needed = int(FREE_SPACE_FACTOR * sum(leaf.nbytes for leaf in arrays.values()))
         check_free_space(self.directory, needed, f"checkpoint of step {step}")
@@ -145,7 +146,7 @@ class CheckpointStore:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(leaves.nest(arrays)),
+                    state=ocp.args.StandardSave(manifest.nest(arrays)),
                     host=ocp.args.JsonSave(sealed_host),
                     digests=ocp.args.JsonSave(digests),
                 ),
@@ -222,7 +223,7 @@ class CheckpointStore:
         self.close()
 
     def _load(self, step: int, like: Any) -> Restored:
-        expected = leaves.flatten(like)
+        expected = manifest.leaves_by_path(like)
         items = ocp.args.Composite(host=ocp.args.JsonRestore(), digests=ocp.args.JsonRestore())
         read: Any = self._attempt(step, lambda: self._manager.restore(step, args=items))
         digests = self._attempt(step, lambda: manifest.opened(read.digests, read.host))
@@ -233,12 +234,13 @@ class CheckpointStore:
                 f"{len(differing)} leaves differ:\n{manifest.table(differing[:10])}\n"
                 "Use the configuration it was made with, or another workdir."
             )
-        target = leaves.nest({path: leaves.abstract(leaf) for path, leaf in expected.items()})
+        target = manifest.nest({path: manifest.abstract(leaf) for path, leaf in expected.items()})
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         restored: Any = self._attempt(step, lambda: self._manager.restore(step, args=items))
-        arrays = leaves.unnest(restored.state, expected)
+        arrays = manifest.unnest(restored.state, expected)
         self._attempt(step, lambda: manifest.verify(digests, arrays))
-        return Restored(step, leaves.unflatten(arrays, like), read.host)
+        state = jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in expected])
+        return Restored(step, state, read.host)
 
     def _attempt(self, step: int, read: Callable[[], T]) -> T:
         """Return `read()`; raise DamagedCheckpoint on every process when it failed on one."""

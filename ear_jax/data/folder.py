@@ -13,9 +13,8 @@ from io import BufferedReader
 from typing import TypeVar
 
 from ear_jax.config.schema import DataConfig
-from ear_jax.data.images import EXTENSIONS, DecodeRules, check_header
-from ear_jax.data.quarantine import DamagedImage, Quarantine, printable
-from ear_jax.data.sources import Split
+from ear_jax.data.images import EXTENSIONS, DamagedImage, DecodeRules, check_header, printable
+from ear_jax.data.sources import Quarantine, Split
 from ear_jax.errors import ConfigError, DataError, StorageError
 from ear_jax.files import digest_of
 

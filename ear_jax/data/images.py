@@ -6,6 +6,7 @@ scaled by 1/257, transparency composited, animations give their first frame. Not
 
 import dataclasses
 import io
+import os
 import warnings
 from collections.abc import Callable
 
@@ -13,7 +14,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ear_jax.config.schema import DataConfig
-from ear_jax.data.quarantine import DamagedImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = frozenset(
@@ -32,6 +32,16 @@ _TRANSPOSE = {
 }
 ImageFile = io.BytesIO | io.BufferedReader
 _SILENCED = r"PIL\.|ear_jax\.data\.images$"
+
+
+class DamagedImage(ValueError):
+    """One image cannot be used; the message is the reason. Never reaches the user as such: it is quarantined."""
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """Return a file name that any terminal can show: undecodable bytes and control characters escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ written last, so a folder without it is unfinished. Row r of shard p of P is ima
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ear_jax.data.sources import Batch
+from ear_jax.data.sources import Rows
 from ear_jax.errors import DataError, StorageError
-from ear_jax.files import digest_of
+from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.levels import LevelSpec
 
 _VERSION = 1
@@ -95,7 +94,7 @@ class LatentsWriter:
         try:
             for file in self._files.values():
                 file.flush()
-            _write_json(self._folder / _PROGRESS, {"rows": self.next_row, "identity": self._identity})
+            write_json(self._folder / _PROGRESS, {"rows": self.next_row, "identity": self._identity})
         except OSError as fault:
             raise StorageError(f"cannot write the latents cache in {self._folder}: {fault.strerror}") from None
 
@@ -108,14 +107,14 @@ class LatentsWriter:
     def finish(self) -> None:
         """Mark the whole cache complete; every shard must have been finished."""
         for shard in range(self.description.shards):
-            progress = _read_json(self._root / f"shard-{shard:05d}" / _PROGRESS)
+            progress = _read(self._root / f"shard-{shard:05d}" / _PROGRESS)
             if progress != {"rows": self.description.rows(shard), "identity": self._identity}:
                 raise DataError(f"shard {shard} of the latents cache {self._root} is not finished")
-        _write_json(self._root / _INDEX, {"version": _VERSION, **dataclasses.asdict(self.description)})
+        write_json(self._root / _INDEX, {"version": _VERSION, **dataclasses.asdict(self.description)})
 
     def _finished_rows(self) -> int:
         try:
-            progress = _read_json(self._folder / _PROGRESS)
+            progress = _read(self._folder / _PROGRESS)
         except DataError:
             return 0
         matches = progress.get("identity") == self._identity
@@ -137,40 +136,36 @@ class LatentsSource:
         self.class_names = self.description.class_names
         self.levels = self.description.levels
         self.digest = _digest(self.description)
-        stored = _stored(self.description)
-        self._shards = []
-        for shard in range(self.description.shards):
-            folder, rows = self._root / f"shard-{shard:05d}", self.description.rows(shard)
-            files = {}
-            for name, (shape, kind) in stored.items():
-                files[name] = _open_array(folder / f"{name}.npy", (rows, *shape), kind)
-            self._shards.append(files)
+        self._shards = [self._opened(shard) for shard in range(self.description.shards)]
+
+    def _opened(self, shard: int) -> dict[str, np.ndarray]:
+        folder, rows = self._root / f"shard-{shard:05d}", self.description.rows(shard)
+        stored = _stored(self.description).items()
+        return {name: _open_array(folder / f"{name}.npy", (rows, *shape), kind) for name, (shape, kind) in stored}
 
     def __len__(self) -> int:
         return self.description.images
 
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return {"level_k": int32 [B,N], "mean" and "std": float32 [B,N,D], "label" int32 [B], "index" int64 [B]}."""
         indices = np.asarray(indices, np.int64)
         sides = np.asarray(flips, np.int64)
         rows, shards = np.divmod(indices, self.description.shards)
-        batch: Batch = {}
+        batch: Rows = {}
         for name, (shape, kind) in self.description.arrays().items():
-            values = np.empty((len(indices), *shape), np.float32 if kind.startswith("float") else np.int32)
-            for shard in np.unique(shards):
-                here = shards == shard
-                values[here] = self._shards[shard][name][rows[here], sides[here]]
-            batch[name] = values
+            batch[name] = np.empty((len(indices), *shape), np.float32 if kind.startswith("float") else np.int32)
         labels = np.empty(len(indices), np.int32)
         for shard in np.unique(shards):
-            here = shards == shard
-            labels[here] = self._shards[shard]["label"][rows[here]]
+            here, files = shards == shard, self._shards[shard]
+            for name, values in batch.items():
+                values[here] = files[name][rows[here], sides[here]]
+            labels[here] = files["label"][rows[here]]
         return batch | {"label": labels, "index": indices}
 
 
 def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
     """Read what a finished cache holds; raises DataError when there is none or it is of another version."""
-    index = _read_json(Path(directory) / _INDEX)
+    index = _read(Path(directory) / _INDEX)
     if index.pop("version", None) != _VERSION:
         raise DataError(f"the latents cache {directory} is of another version; delete it to remake it")
     try:
@@ -220,19 +215,8 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return array
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    scratch.replace(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: {path.parent} is not a finished latents cache") from None
-    except (OSError, ValueError) as fault:
-        raise DataError(f"{path} cannot be read ({fault})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} does not hold a JSON object")
+def _read(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if value is None:
+        raise DataError(f"{path} is missing or damaged: {path.parent} is not a finished latents cache")
     return value

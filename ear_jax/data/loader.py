@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ear_jax.data.randomness import mix, permutation
-from ear_jax.data.sources import Batch, Source
+from ear_jax.data.sources import Rows, Source, mix, permutation
 from ear_jax.errors import ConfigError, DataError
 
 _ENDLESS = 1 << 48
@@ -61,15 +60,10 @@ class Loader:
         self._prefetch_batches = prefetch_batches
         self._iterator = self._start(0)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of whole batches in one pass over the data, at least 1."""
-        return max(1, len(self.source) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Rows]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Rows:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -125,7 +119,7 @@ class Loader:
         iterator.set_state({"next_index": position})
         return iterator
 
-    def read(self, batch: int) -> Batch:
+    def read(self, batch: int) -> Rows:
         """Return batch number `batch`; safe to call from several threads."""
         indices, flips = self.rows(batch)
         return _read(self.source, indices, flips, self._pool, self._threads)
@@ -140,7 +134,7 @@ class _Batches:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, index: Any) -> Batch:
+    def __getitem__(self, index: Any) -> Rows:
         return self._loader.read(int(index))
 
 
@@ -150,7 +144,7 @@ def _read(
     flips: np.ndarray,
     pool: concurrent.futures.ThreadPoolExecutor | None,
     threads: int,
-) -> Batch:
+) -> Rows:
     if pool is None or len(indices) < 2 * threads:
         return source.batch(indices, flips)
     pieces = list(pool.map(source.batch, np.array_split(indices, threads), np.array_split(flips, threads)))
@@ -159,7 +153,7 @@ def _read(
 
 def eval_batches(
     source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1, decode_threads: int = 4
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """Yield this process's rows (every `process_count`-th) in order, unflipped, in batches of equal size.
 
     The last batch is filled up by repeating its last row with index -1. `batch_size` is this process's own. Every

@@ -12,9 +12,7 @@ import numpy as np
 
 from ear_jax.config.schema import ShapesConfig
 from ear_jax.data.images import flip_where
-from ear_jax.data.quarantine import Quarantine
-from ear_jax.data.randomness import uniform
-from ear_jax.data.sources import Batch, Split
+from ear_jax.data.sources import Quarantine, Rows, Split, uniform
 from ear_jax.files import digest_of
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -128,7 +126,7 @@ class ShapesSource:
         row = self.batch(np.array([index]), np.array([False]))
         return {"image": row["image"][0], "label": int(row["label"][0]), "index": index}
 
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < self._count:

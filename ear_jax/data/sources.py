@@ -1,23 +1,99 @@
 """What a data set is to the rest of the library: a random-access, digest-carrying source of fixed-size images.
 
-`open_split` turns a configuration into one; `ImageSource` decodes, crops and replaces damaged files. The loader and the
-latents cache need only the `Source` protocol. `SOURCES` is the list of kinds.
+`open.open_split` turns a configuration into one; `ImageSource` decodes, crops and replaces damaged files, which the
+`Quarantine` counts. The loader and the latents cache need only the `Source` protocol.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from ear_jax.data.images import DecodeRules, center_crop, decode, flip_where
-from ear_jax.data.quarantine import DamagedImage, Quarantine
-from ear_jax.data.randomness import permutation
+from ear_jax.data.images import DamagedImage, DecodeRules, center_crop, decode, flip_where, printable
 from ear_jax.errors import DataError
-from ear_jax.files import digest_of
+from ear_jax.files import digest_of, write_bytes
 
 Split = Literal["train", "eval"]
-Batch = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]
+"""Arrays by name whose first axis is the image."""
+
+
+def mix(*keys: int | np.ndarray) -> np.ndarray:
+    """Hash integer keys, broadcast against each other, to uint64 (the finaliser of splitmix64, applied per key).
+
+    Random numbers without state: each value depends on its keys alone, so any subset is drawn in any order, and
+    resuming, striding by process and batching cannot change what is drawn.
+    """
+    state = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = state + np.atleast_1d(np.asarray(key)).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def uniform(*keys: int | np.ndarray) -> np.ndarray:
+    """Draw float64 in [0, 1) from integer keys."""
+    return (mix(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(size: int, *keys: int) -> np.ndarray:
+    """Return the int64 permutation of `range(size)` that belongs to the keys."""
+    return np.random.Generator(np.random.Philox(key=int(mix(*keys)[0]))).permutation(size)
+
+
+class Quarantine:
+    """Damaged files of one source: each path once, counted against `max_bad_fraction` of `total`. Thread-safe."""
+
+    def __init__(self, total: int, max_bad_fraction: float) -> None:
+        self.total = total
+        self.max_bad_fraction = max_bad_fraction
+        self._reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    @property
+    def entries(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of printable path and reason, sorted by path."""
+        with self._lock:
+            return tuple(sorted(self._reasons.items()))
+
+    def add(self, path: str | os.PathLike[str], reason: str, *, enforce: bool = True) -> None:
+        """Record a damaged file; with `enforce`, raise DataError once the allowed fraction is exceeded."""
+        with self._lock:
+            self._reasons.setdefault(printable(path), reason)
+        if enforce:
+            self.enforce()
+
+    def enforce(self) -> None:
+        """Raise DataError, naming the first ten files, when more than the allowed fraction is damaged."""
+        bad = len(self._reasons)
+        if bad <= self.max_bad_fraction * self.total:
+            return
+        entries = self.entries
+        lines = [f"  {path}: {reason}" for path, reason in entries[:10]]
+        if bad > 10:
+            lines.append(f"  ... and {bad - 10} more")
+        raise DataError(
+            f"{bad} of {self.total} images cannot be used, more than data.max_bad_fraction={self.max_bad_fraction:g} "
+            "allows:\n" + "\n".join(lines) + "\nRepair or remove them, or allow some: "
+            f"--config.data.max_bad_fraction={max(0.01, round(2 * bad / max(self.total, 1), 3)):g} skips damaged files."
+        )
+
+
+def write_quarantine(path: str | os.PathLike[str], quarantines: Iterable[Quarantine]) -> int:
+    """Write `path<TAB>reason` rows of all sources to a file, replacing it, and return how many there are."""
+    rows = sorted({entry for quarantine in quarantines for entry in quarantine.entries})
+    lines = ["path\treason", *(f"{name}\t{printable(reason)}" for name, reason in rows)]
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return len(rows)
 
 
 @runtime_checkable
@@ -31,7 +107,7 @@ class Source(Protocol):
         """Return the number of rows."""
         ...
 
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return the rows at int64 [B], mirrored where bool [B] says so, with at least "label" and "index"."""
         ...
 
@@ -119,7 +195,7 @@ class ImageSource:
         """Return the path or key of an image."""
         return self._encoded.name(index)
 
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""
         images = np.empty((len(indices), self.image_px, self.image_px, 3), np.uint8)
         labels = self._cached_labels[indices]
@@ -157,13 +233,10 @@ class ArraySource:
         """Return {"image": uint8 [px,px,3], "label", "index"} of one image."""
         return {"image": self._images[index], "label": int(self._labels[index]), "index": index}
 
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""
         images = flip_where(self._images[indices], flips)
         return {"image": images, "label": self._labels[indices], "index": np.asarray(indices, np.int64)}
-
-
-_SALT = 11
 
 
 class Subset:
@@ -171,7 +244,7 @@ class Subset:
 
     def __init__(self, source: Source, count: int, *, seed: int = 0) -> None:
         self._source = source
-        self._rows = np.sort(permutation(len(source), seed, _SALT)[:count])
+        self._rows = np.sort(permutation(len(source), seed, 11)[:count])
         self.class_names = source.class_names
         self.decodes = getattr(source, "decodes", False)
         self.digest = source.digest if len(self._rows) == len(source) else digest_of(source.digest, count, seed)
@@ -179,7 +252,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return the rows at int64 [B], mirrored where bool [B] says so; "index" is the place in this draw."""
         rows = self._source.batch(self._rows[indices], flips)
         return {**rows, "index": np.asarray(indices, np.int64)}

@@ -7,8 +7,7 @@ import os
 from typing import Any
 
 from ear_jax.config.schema import DataConfig
-from ear_jax.data.quarantine import Quarantine
-from ear_jax.data.sources import Split
+from ear_jax.data.sources import Quarantine, Split
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import digest_of
 

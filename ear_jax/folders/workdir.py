@@ -8,14 +8,12 @@ WORKDIR/ config.json  ledger.jsonl  tensorboard/  run.lock
 import contextlib
 import os
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ear_jax.errors import StorageError
-from ear_jax.files import read_json, write_json
+from ear_jax.files import as_storage_error, check_free_space, read_json, write_json
 from ear_jax.folders.lock import RunLock
-from ear_jax.storage import as_storage_error, check_free_space
 
 COMPLETE = "complete.json"
 
@@ -113,33 +111,7 @@ class Workdir:
         """Record that a stage's result is whole, and the digest of all that it was made from; `facts` are JSON-safe."""
         write_json(self.stage(stage) / COMPLETE, {"made_from": made_from, **facts})
 
-    def completion(self, stage: str) -> dict[str, Any] | None:
-        """Return the record of a complete stage, or None; an unreadable record counts as none."""
-        return read_json(self.stage(stage) / COMPLETE)
-
     def is_complete(self, stage: str, *, made_from: str) -> bool:
-        """Say whether the stage is complete and was made from exactly this."""
-        record = self.completion(stage)
+        """Say whether the stage is complete and was made from exactly this; an unreadable record counts as none."""
+        record = read_json(self.stage(stage) / COMPLETE)
         return record is not None and record.get("made_from") == made_from
-
-    def reopen(self, stage: str) -> None:
-        """Forget that a stage is complete."""
-        (self.stage(stage) / COMPLETE).unlink(missing_ok=True)
-
-
-def config_differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return one line for every key whose value differs between two configurations, by dotted path."""
-    lines = []
-    for name in sorted(stored.keys() | current.keys()):
-        old, new = stored.get(name), current.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += config_differences(old, new, f"{prefix}{name}.")
-        elif name not in stored or name not in current or _plain(old) != _plain(new):
-            before = repr(old) if name in stored else "absent"
-            lines.append(f"{prefix}{name}: {before} -> {repr(new) if name in current else 'absent'}")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    # A tuple becomes a list on its way through JSON; that is no difference.
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ear_jax.data.randomness import mix
+from ear_jax.data.sources import mix
 from ear_jax.errors import DataError
 from ear_jax.metrics.features import FeatureNetwork
 from ear_jax.metrics.statistics import (

@@ -1,4 +1,4 @@
-"""Convolutions of feature maps: plain, grouped with low-rank mixing, self-modulated; and the two resamplings."""
+"""Convolutions of feature maps: plain, grouped with low-rank mixing, self-modulated."""
 
 import jax
 import jax.numpy as jnp
@@ -124,27 +124,3 @@ class SelfModulatedConv(nnx.Module):
             feature_group_count=self.groups,
         )
         return convolved + self.bias[...].astype(self.dtype)
-
-
-def average_pool(features: Float[Array, "B h w c"], factor: int) -> Float[Array, "B h//{factor} w//{factor} c"]:
-    """Average squares of `factor` by `factor` pixels; the sides must be multiples of it."""
-    if factor == 1:
-        return features
-    batch, height, width, channels = features.shape
-    blocks = features.reshape(batch, height // factor, factor, width // factor, factor, channels)
-    return blocks.mean(axis=(2, 4))
-
-
-def upsample_nearest(features: Float[Array, "B h w c"], factor: int = 2) -> Float[Array, "B {factor}*h {factor}*w c"]:
-    """Repeat every pixel `factor` times in both directions."""
-    batch, height, width, channels = features.shape
-    shape = (batch, height, factor, width, factor, channels)
-    repeated = jnp.broadcast_to(features[:, :, None, :, None, :], shape)
-    return repeated.reshape(batch, height * factor, width * factor, channels)
-
-
-def depth_to_space(features: Float[Array, "B h w c"], factor: int) -> Float[Array, "B {factor}*h {factor}*w d"]:
-    """Spread the channels (rows, columns, channels) of each pixel over a square of `factor` by `factor`."""
-    batch, height, width, channels = features.shape
-    blocks = features.reshape(batch, height, width, factor, factor, channels // factor**2)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * factor, width * factor, -1)

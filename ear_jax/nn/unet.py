@@ -6,17 +6,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ear_jax.nn.conv import (
-    FAN_IN,
-    ZEROS,
-    MixedConv,
-    Pointwise,
-    SelfModulatedConv,
-    average_pool,
-    convolution,
-    upsample_nearest,
-)
+from ear_jax.nn.conv import FAN_IN, ZEROS, MixedConv, Pointwise, SelfModulatedConv, convolution
 from ear_jax.nn.layers import GroupNorm
+from ear_jax.nn.resize import average_pool, upsample_nearest
 
 
 class ResidualBlock(nnx.Module):

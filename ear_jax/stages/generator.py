@@ -63,6 +63,7 @@ def train_generator(session: Session) -> None:
         source,
         lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
         group=abstract.group,
+        shown=_shown([level.name for level in abstract.levels]),
         grid=grid,
         overwrite=take_over,
         score=_scores(session, pipeline) if config.evaluate.every_steps else None,
@@ -85,6 +86,11 @@ def train_generator(session: Session) -> None:
             picture,
         )
     session.mark_complete("generator", data_digest=source.digest, **stage.times)
+
+
+def _shown(levels: list[str]) -> tuple[str, ...]:
+    """Return the metrics of a progress line; a line has no room for those of many levels."""
+    return ("loss", *(f"{name}/{level}" for name in ("loss", "accuracy") for level in levels if len(levels) < 4))
 
 
 def _scores(session: Session, pipeline: Pipeline) -> ScoreHook:

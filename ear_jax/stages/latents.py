@@ -7,7 +7,7 @@ from ear_jax import build
 from ear_jax.data.latents import CacheDescription, LatentsWriter, is_complete
 from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.quarantine import write_quarantine
+from ear_jax.data.sources import write_quarantine
 from ear_jax.distributed.process import barrier
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder

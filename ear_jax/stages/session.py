@@ -21,10 +21,10 @@ from ear_jax.distributed.stop_signal import restartable
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.folders.workdir import Workdir
-from ear_jax.training.initialise import ModuleFactory
 from ear_jax.training.ledger import Ledger
 from ear_jax.training.loop import StageRun
 from ear_jax.training.optim import resolve
+from ear_jax.training.step import ModuleFactory
 
 STAGES = {
     "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training"),

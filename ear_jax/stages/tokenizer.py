@@ -12,7 +12,7 @@ from ear_jax.config import read
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.quarantine import write_quarantine
+from ear_jax.data.sources import write_quarantine
 from ear_jax.distributed.process import to_host
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
@@ -26,6 +26,7 @@ from ear_jax.types import Tokens
 
 GRID_IMAGES = 12
 STATISTICS_IMAGES = 10_000
+SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
 
 
 def train_tokenizer(session: Session) -> None:
@@ -55,7 +56,7 @@ def train_tokenizer(session: Session) -> None:
         return {"reconstructions": picture}
 
     create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
-    stage = session.training("tokenizer", source, create, grid=grid)
+    stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid)
     try:
         _, state = train(stage)
     finally:

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ear_jax.nn.conv import average_pool, convolution, upsample_nearest
+from ear_jax.nn.conv import convolution
+from ear_jax.nn.resize import average_pool, upsample_nearest
 
 LEVELS = 3
 

@@ -3,6 +3,7 @@
 All have 32 groups in their norms; where a width is no multiple of 32, the largest power of two that divides it.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -13,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.nn.attention import SpatialAttention
-from ear_jax.nn.conv import convolution, upsample_nearest
+from ear_jax.nn.conv import convolution
 from ear_jax.nn.layers import GroupNorm
+from ear_jax.nn.resize import upsample_nearest
 
 IMAGE_CHANNELS = 3
 GROUPS = 32
@@ -88,45 +90,54 @@ class Middle(nnx.Module):
         return self.second(self.attention(self.first(hidden)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of an encoder or a decoder; `multipliers` run from the image side inwards.
+
+    `attention_levels` are indices into them, `projection_kernel` is the side of the convolution at the latent.
+    """
+
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention_levels: tuple[int, ...]
+    projection_kernel: int
+
+
 class Encoder(nnx.Module):
     """Image to raw latent: levels that halve the resolution between them, middle, exit and a last projection.
 
-    `multipliers` run from the image side inwards; `attention_levels` are indices into them. The projection (of side
-    `projection_kernel`) is what the published code keeps outside its encoder as quant_conv.
+    The projection is what the published code keeps outside its encoder as quant_conv.
     """
 
     def __init__(
         self,
+        sizes: Sizes,
         *,
         out_channels: int,
-        channels: int,
-        multipliers: tuple[int, ...],
-        blocks: int,
-        attention_levels: tuple[int, ...],
-        projection_kernel: int,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.entry = convolution(IMAGE_CHANNELS, channels, dtype=dtype, rngs=rngs)
-        levels, width = [], channels
-        for index, multiplier in enumerate(multipliers):
+        self.entry = convolution(IMAGE_CHANNELS, sizes.channels, dtype=dtype, rngs=rngs)
+        levels, width = [], sizes.channels
+        for index, multiplier in enumerate(sizes.multipliers):
             levels.append(
                 Level(
                     width,
-                    channels * multiplier,
-                    blocks=blocks,
-                    use_attention=index in attention_levels,
-                    exit="keep" if index == len(multipliers) - 1 else "halve",
+                    sizes.channels * multiplier,
+                    blocks=sizes.blocks,
+                    use_attention=index in sizes.attention_levels,
+                    exit="keep" if index == len(sizes.multipliers) - 1 else "halve",
                     dtype=dtype,
                     rngs=rngs,
                 )
             )
-            width = channels * multiplier
+            width = sizes.channels * multiplier
         self.levels = nnx.List(levels)
         self.middle = Middle(width, dtype=dtype, rngs=rngs)
         self.norm = _norm(width, dtype)
         self.exit = convolution(width, out_channels, dtype=dtype, rngs=rngs)
-        self.project = convolution(out_channels, out_channels, kernel=projection_kernel, dtype=dtype, rngs=rngs)
+        self.project = convolution(out_channels, out_channels, kernel=sizes.projection_kernel, dtype=dtype, rngs=rngs)
 
     def before_projection(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B i j c"]:
         """Return what the projection takes in, in the compute dtype."""
@@ -143,40 +154,37 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Raw latent to image: a first projection, entry, middle, then levels that double the resolution between them.
 
-    `multipliers` and `attention_levels` count from the image side as in `Encoder`; `levels` lie in the order in which
-    they run, from the latent outwards, each with one block more than an encoder's.
+    `levels` lie in the order in which they run, from the latent outwards, each with one block more than an encoder's.
     """
 
     def __init__(
         self,
+        sizes: Sizes,
         *,
         latent_channels: int,
-        channels: int,
-        multipliers: tuple[int, ...],
-        blocks: int,
-        attention_levels: tuple[int, ...],
-        projection_kernel: int,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        width = channels * multipliers[-1]
-        self.project = convolution(latent_channels, latent_channels, kernel=projection_kernel, dtype=dtype, rngs=rngs)
+        width = sizes.channels * sizes.multipliers[-1]
+        self.project = convolution(
+            latent_channels, latent_channels, kernel=sizes.projection_kernel, dtype=dtype, rngs=rngs
+        )
         self.entry = convolution(latent_channels, width, dtype=dtype, rngs=rngs)
         self.middle = Middle(width, dtype=dtype, rngs=rngs)
         levels = []
-        for index in reversed(range(len(multipliers))):
+        for index in reversed(range(len(sizes.multipliers))):
             levels.append(
                 Level(
                     width,
-                    channels * multipliers[index],
-                    blocks=blocks + 1,
-                    use_attention=index in attention_levels,
+                    sizes.channels * sizes.multipliers[index],
+                    blocks=sizes.blocks + 1,
+                    use_attention=index in sizes.attention_levels,
                     exit="keep" if index == 0 else "double",
                     dtype=dtype,
                     rngs=rngs,
                 )
             )
-            width = channels * multipliers[index]
+            width = sizes.channels * sizes.multipliers[index]
         self.levels = nnx.List(levels)
         self.norm = _norm(width, dtype)
         self.exit = convolution(width, IMAGE_CHANNELS, dtype=dtype, rngs=rngs)

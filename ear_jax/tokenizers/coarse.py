@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ear_jax.nn.conv import convolution, depth_to_space
+from ear_jax.nn.conv import convolution
+from ear_jax.nn.resize import depth_to_space
 from ear_jax.tokenizers.codebook import Codebook, CodebookState, nearest, start, update
 
 

@@ -1,13 +1,14 @@
 """The convolutional KL autoencoder: KL-16 of MAR and EAR, Stable Diffusion's KL-f8 of DiT, by their sizes."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ear_jax.tokenizers.autoencoder import Decoder, Encoder, latent_grid
-from ear_jax.tokenizers.latents import LatentTokenizer, split_moments
-from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
+from ear_jax.tokenizers.autoencoder import Decoder, Encoder, Sizes, latent_grid
+from ear_jax.tokenizers.latents import GaussianTokenizer, split_moments
 
 
 class MomentsEncoder(nnx.Module):
@@ -21,7 +22,7 @@ class MomentsEncoder(nnx.Module):
         return split_moments(self.network(images))
 
 
-class KLVAE(LatentTokenizer):
+class KLVAE(GaussianTokenizer):
     """One continuous level "fine" on a grid of image_px / 2^(levels - 1).
 
     KL-16: channels 128, multipliers (1, 1, 2, 2, 4), 16 latent channels, attention in the encoder's last level (66.46 M
@@ -46,37 +47,11 @@ class KLVAE(LatentTokenizer):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(latent_channels)
-        self.latent_channels = latent_channels
-        self.latent_grid = latent_grid(image_px, multipliers)
-        self.spec = TokenizerSpec(image_px, (LevelSpec("fine", self.latent_grid, "continuous", latent_channels),))
-        sizes = {"channels": channels, "multipliers": multipliers, "blocks": blocks, "projection_kernel": 1}
-        network = Encoder(
-            out_channels=2 * latent_channels,
-            attention_levels=attention_levels(encoder_attention, multipliers),
-            **sizes,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.encoder = MomentsEncoder(network)
-        self.decoder = Decoder(
-            latent_channels=latent_channels,
-            attention_levels=attention_levels(decoder_attention, multipliers),
-            **sizes,
-            dtype=dtype,
-            rngs=rngs,
-        )
-
-    def posterior(self, images: Float[Array, "B h w 3"]) -> Posterior:
-        """Encode images in [-1, 1] to normalised mean and standard deviation of the tokens."""
-        mean, std = self.normalise(*self.encoder(images))
-        return Posterior((), mean, std)
-
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w 3"]:
-        """Decode one level of continuous tokens [B, N, D] to float32 images."""
-        (fine,) = tokens.levels
-        images = self.decoder(self.denormalise(fine, self.latent_grid))
-        return jnp.clip(images, -1.0, 1.0) if clamp else images
+        super().__init__(image_px, latent_grid(image_px, multipliers), latent_channels)
+        decoder = Sizes(channels, multipliers, blocks, attention_levels(decoder_attention, multipliers), 1)
+        encoder = dataclasses.replace(decoder, attention_levels=attention_levels(encoder_attention, multipliers))
+        self.encoder = MomentsEncoder(Encoder(encoder, out_channels=2 * latent_channels, dtype=dtype, rngs=rngs))
+        self.decoder = Decoder(decoder, latent_channels=latent_channels, dtype=dtype, rngs=rngs)
 
 
 def attention_levels(attention: bool | tuple[int, ...], multipliers: tuple[int, ...]) -> tuple[int, ...]:

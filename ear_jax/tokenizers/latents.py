@@ -1,6 +1,6 @@
 """What every continuous tokenizer shares: latent maps as unit-scale tokens, and the statistics that make them so."""
 
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,32 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ear_jax.types import Posterior, TokenizerSpec, Tokens
-
-
-def standard_deviation(logvar: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return the standard deviation of a log-variance."""
-    return jnp.exp(0.5 * logvar)
-
-
-def reparameterise(
-    mean: Float[Array, "*shape"], logvar: Float[Array, "*shape"], noise: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """Return mean + std noise: a draw of the Gaussian where `noise` is unit normal."""
-    return mean + standard_deviation(logvar) * noise
-
-
-def kl_per_image(mean: Float[Array, "B h w c"], logvar: Float[Array, "B h w c"]) -> Float[Array, " B"]:
-    """Return the KL divergence of each image's Gaussian to the unit normal, in nats, summed over the map."""
-    return 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
-
-
-def nll_per_image(
-    mean: Float[Array, "B h w c"], logvar: Float[Array, "B h w c"], value: Float[Array, "B h w c"]
-) -> Float[Array, " B"]:
-    """Return the negative log-likelihood of `value` under each image's Gaussian, in nats, summed over the map."""
-    error = jnp.square(value - mean) * jnp.exp(-logvar)
-    return 0.5 * jnp.sum(math.log(2.0 * math.pi) + logvar + error, axis=(1, 2, 3))
+from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
 
 
 class LatentStatistic(nnx.Variable):
@@ -47,6 +22,7 @@ class LatentTokenizer(nnx.Module):
     """
 
     spec: TokenizerSpec
+    decoder: Callable[[jax.Array], jax.Array]
 
     def __init__(self, latent_channels: int):
         self.latent_mean = LatentStatistic(jnp.zeros((latent_channels,), jnp.float32))
@@ -56,9 +32,18 @@ class LatentTokenizer(nnx.Module):
         """Encode images in [-1, 1] to tokens before sampling, float32, normalised."""
         raise NotImplementedError
 
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w c"]:
-        """Decode tokens, or a legal prefix of their levels, to float32 images; clamped unless told not to."""
+    def map_of(self, tokens: Tokens) -> Float[Array, "B i j c"]:
+        """Return the raw map that tokens, or a legal prefix of their levels, stand for: the decoder's input."""
         raise NotImplementedError
+
+    def decode_map(self, latent: Float[Array, "B i j c"], *, clamp: bool = True) -> Float[Array, "B h w 3"]:
+        """Decode a raw map to float32 images; clamped to [-1, 1] unless told not to."""
+        images = self.decoder(latent)
+        return jnp.clip(images, -1.0, 1.0) if clamp else images
+
+    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w 3"]:
+        """Decode tokens, or a legal prefix of their levels, to float32 images; clamped unless told not to."""
+        return self.decode_map(self.map_of(tokens), clamp=clamp)
 
     def encode(self, images: Float[Array, "B h w c"], rng: jax.Array | None = None) -> Tokens:
         """Encode images in [-1, 1]; the continuous level is drawn with `rng`, or is the mean without it."""
@@ -86,11 +71,33 @@ class LatentTokenizer(nnx.Module):
         return raw.reshape(tokens.shape[0], grid, grid, tokens.shape[-1])
 
 
+class GaussianTokenizer(LatentTokenizer):
+    """Base of the plain autoencoders: one continuous level "fine"; `encoder` gives mean and log-variance."""
+
+    encoder: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+    def __init__(self, image_px: int, latent_grid: int, latent_channels: int):
+        super().__init__(latent_channels)
+        self.latent_channels = latent_channels
+        self.latent_grid = latent_grid
+        self.spec = TokenizerSpec(image_px, (LevelSpec("fine", latent_grid, "continuous", latent_channels),))
+
+    def posterior(self, images: Float[Array, "B h w c"]) -> Posterior:
+        """Encode images in [-1, 1] to normalised mean and standard deviation of the tokens."""
+        mean, std = self.normalise(*self.encoder(images))
+        return Posterior((), mean, std)
+
+    def map_of(self, tokens: Tokens) -> Float[Array, "B i j c"]:
+        """Return the raw latent map of one level of tokens [B, N, D]."""
+        (fine,) = tokens.levels
+        return self.denormalise(fine, self.latent_grid)
+
+
 def sample_gaussian(
     rng: jax.Array, mean: Float[Array, "*shape"], logvar: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Draw from a diagonal Gaussian given its mean and log-variance."""
-    return reparameterise(mean, logvar, jax.random.normal(rng, mean.shape, mean.dtype))
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, mean.dtype)
 
 
 def split_moments(

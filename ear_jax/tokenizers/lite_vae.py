@@ -8,12 +8,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ear_jax.nn.conv import average_pool
-from ear_jax.nn.unet import UNet
-from ear_jax.nn.wavelet import haar_pyramid
-from ear_jax.tokenizers.decoder import Decoder
-from ear_jax.tokenizers.latents import LatentTokenizer, split_moments
-from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
+from ear_jax.nn.attention import SpatialAttention
+from ear_jax.nn.conv import MixedConv, convolution
+from ear_jax.nn.layers import GroupNorm
+from ear_jax.nn.resize import average_pool, haar_pyramid, inverse_haar, upsample_nearest
+from ear_jax.nn.unet import ResidualBlock, UNet
+from ear_jax.tokenizers.latents import GaussianTokenizer, split_moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,76 @@ class Encoder(nnx.Module):
         return split_moments(self.aggregation(jnp.concatenate(pooled, axis=-1)))
 
 
-class LiteVAE(LatentTokenizer):
+class Decoder(nnx.Module):
+    """Middle blocks with optional attention, then levels of residual blocks joined by doubling of the resolution.
+
+    `multipliers` run from the image side inwards. With group normalisation, three blocks, channels 128 and (1, 2, 4, 4)
+    this is the decoder of the Stable Diffusion autoencoder (49.49 M parameters). "self_modulated" replaces
+    normalisation by normalised weights. `output="wavelet"` ends at half the resolution and lets an inverse Haar
+    transform make the image, which saves the costliest level.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int,
+        channels: int,
+        multipliers: tuple[int, ...],
+        blocks: int,
+        use_attention: bool,
+        norm: str,
+        groups: int,
+        rank: int,
+        output: str,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def block(inputs: int, outputs: int) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, norm=norm, groups=groups, rank=rank, dtype=dtype, rngs=rngs)
+
+        def upsampler(channels: int) -> nnx.Module:
+            if groups > 1:
+                return MixedConv(
+                    channels, channels, groups=groups, rank=rank, self_modulated=False, dtype=dtype, rngs=rngs
+                )
+            return convolution(channels, channels, dtype=dtype, rngs=rngs)
+
+        self.blocks = blocks
+        self.output = output
+        width = channels * multipliers[-1]
+        self.entry = convolution(latent_channels, width, dtype=dtype, rngs=rngs)
+        self.middle_first = block(width, width)
+        attention = SpatialAttention(width, use_norm=norm == "group", dtype=dtype, rngs=rngs) if use_attention else None
+        self.attention = attention
+        self.middle_second = block(width, width)
+        levels, upsamplers = [], []
+        for index, multiplier in enumerate(reversed(multipliers)):
+            if index:
+                upsamplers.append(upsampler(width))
+            for _ in range(blocks):
+                levels.append(block(width, channels * multiplier))
+                width = channels * multiplier
+        self.levels = nnx.List(levels)
+        self.upsamplers = nnx.List(upsamplers)
+        self.norm = GroupNorm(width, dtype=dtype) if norm == "group" else None
+        self.exit = convolution(width, 3 if output == "image" else 12, dtype=dtype, rngs=rngs)
+
+    def __call__(self, latent: Float[Array, "B i j c"]) -> Float[Array, "B h w 3"]:
+        """Decode raw latent maps to unclamped float32 images."""
+        hidden = self.middle_first(self.entry(latent))
+        if self.attention is not None:
+            hidden = self.attention(hidden)
+        hidden = self.middle_second(hidden)
+        for index, block in enumerate(self.levels):
+            if index and index % self.blocks == 0:
+                hidden = self.upsamplers[index // self.blocks - 1](upsample_nearest(hidden))
+            hidden = block(hidden)
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        pixels = self.exit(jax.nn.silu(hidden)).astype(jnp.float32)
+        return pixels if self.output == "image" else inverse_haar(2.0 * pixels)
+
+
+class LiteVAE(GaussianTokenizer):
     """The plain tokenizer: one continuous level on a grid of image_px / 2^wavelet_levels.
 
     `encoder` names one of `ENCODERS` or is "custom", which takes the `encoder_*` sizes for both kinds of UNet.
@@ -106,7 +175,6 @@ class LiteVAE(LatentTokenizer):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(latent_channels)
         factor = 2**wavelet_levels
         if image_px % factor:
             raise ValueError(f"image_px={image_px} is not a multiple of 2^wavelet_levels={factor}; change one of them")
@@ -119,9 +187,7 @@ class LiteVAE(LatentTokenizer):
         size = ENCODERS.get(encoder) or EncoderSize(
             encoder_channels, encoder_multipliers, encoder_channels, encoder_multipliers, encoder_blocks
         )
-        self.latent_channels = latent_channels
-        self.latent_grid = image_px // factor
-        self.spec = TokenizerSpec(image_px, (LevelSpec("fine", self.latent_grid, "continuous", latent_channels),))
+        super().__init__(image_px, image_px // factor, latent_channels)
         self.encoder = Encoder(
             size, wavelet_levels=wavelet_levels, latent_channels=latent_channels, dtype=dtype, rngs=rngs
         )
@@ -138,19 +204,3 @@ class LiteVAE(LatentTokenizer):
             dtype=dtype,
             rngs=rngs,
         )
-
-    def posterior(self, images: Float[Array, "B h w 3"]) -> Posterior:
-        """Encode images in [-1, 1] to normalised mean and standard deviation of the tokens."""
-        mean, std = self.normalise(*self.encoder(images))
-        return Posterior((), mean, std)
-
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w 3"]:
-        """Decode one level of continuous tokens [B, N, D] to float32 images."""
-        (fine,) = tokens.levels
-        images = self.decoder(self.denormalise(fine, self.latent_grid))
-        return jnp.clip(images, -1.0, 1.0) if clamp else images
-
-
-def parameter_count(module: nnx.Module) -> int:
-    """Return the number of trained parameters of a module, concrete or abstract."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ear_jax.nn.wavelet import high_bands
+from ear_jax.nn.resize import high_bands
 
 GAUSSIAN_RADIUS = 2
 GAUSSIAN_SIGMA = 1.0

@@ -11,12 +11,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ear_jax.nn.perceptual import load_perceptual
+from ear_jax.nn.resize import to_signed
 from ear_jax.tokenizers.adversarial import AdversarialLoss
 from ear_jax.tokenizers.codebook import usage
-from ear_jax.tokenizers.kl_vae import KLVAE
-from ear_jax.tokenizers.latents import sample_gaussian
+from ear_jax.tokenizers.latents import GaussianTokenizer, sample_gaussian
 from ear_jax.tokenizers.lite_hybrid import HybridTraining, LiteHybrid
-from ear_jax.tokenizers.lite_vae import LiteVAE
 from ear_jax.tokenizers.losses import gaussian_loss, kl_to_unit_normal, masked_mean, psnr, wavelet_loss
 from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
 from ear_jax.types import Metrics
@@ -46,7 +45,7 @@ class TokenizerObjective(nnx.Module):
 
     def __init__(
         self,
-        tokenizer: LiteVAE | LiteHybrid | KLVAE | VQVAE,
+        tokenizer: GaussianTokenizer | LiteHybrid | VQVAE,
         *,
         l1: float = 1.0,
         l2: float = 0.0,
@@ -99,7 +98,7 @@ class TokenizerObjective(nnx.Module):
         were none) and `codebook/usage`, `codebook/perplexity`. `controls` has nothing for a tokenizer.
         """
         del controls
-        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        images = to_signed(batch["image"])
         latent_rng, drop_rng = jax.random.split(rng)
         is_hybrid = step >= self.hybrid_start_steps
         dropped = jax.random.bernoulli(drop_rng, self.coarse_only_probability, images.shape[:1]) & is_hybrid
@@ -126,11 +125,11 @@ class TokenizerObjective(nnx.Module):
             metrics["psnr"] = quality.mean()
         return total, metrics
 
-    def _plain(self, tokenizer: LiteVAE | KLVAE, images: jax.Array, rng: jax.Array) -> "Pass":
+    def _plain(self, tokenizer: GaussianTokenizer, images: jax.Array, rng: jax.Array) -> Pass:
         mean, logvar = tokenizer.encoder(images)
         return Pass(tokenizer.decoder(sample_gaussian(rng, mean, logvar)), self._kl(mean, logvar))
 
-    def _quantised(self, tokenizer: VQVAE, images: jax.Array, use_fine: jax.Array) -> "Pass":
+    def _quantised(self, tokenizer: VQVAE, images: jax.Array, use_fine: jax.Array) -> Pass:
         """Run a multi-scale quantiser; HART's keeps its continuous residual for the images of `use_fine` 1."""
         features = tokenizer.encoder(images)
         drops_fine = isinstance(tokenizer, HartTokenizer)
@@ -143,7 +142,7 @@ class TokenizerObjective(nnx.Module):
 
     def _hybrid(
         self, tokenizer: LiteHybrid, images: jax.Array, use_fine: jax.Array, is_hybrid: jax.Array, rng: jax.Array
-    ) -> "Pass":
+    ) -> Pass:
         """Run the hybrid path, or hold it back before its start, and store the moved codebooks.
 
         Both paths are computed and one is selected: the hybrid one adds little, and XLA's CPU backend runs what stands

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ear_jax.tokenizers.autoencoder import Decoder, Encoder, latent_grid
+from ear_jax.tokenizers.autoencoder import Decoder, Encoder, Sizes, latent_grid
 from ear_jax.tokenizers.latents import LatentTokenizer
 from ear_jax.tokenizers.scale_quantiser import QuantiserTraining, ScaleQuantiser
 from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
@@ -54,14 +54,8 @@ class VQVAE(LatentTokenizer):
         self.spec = TokenizerSpec(
             image_px, tuple(LevelSpec(f"scale_{scale}", scale, "discrete", codes) for scale in scales)
         )
-        sizes = {
-            "channels": channels,
-            "multipliers": multipliers,
-            "blocks": blocks,
-            "attention_levels": (len(multipliers) - 1,),
-            "projection_kernel": projection_kernel,
-        }
-        self.encoder = Encoder(out_channels=latent_channels, **sizes, dtype=dtype, rngs=rngs)
+        sizes = Sizes(channels, multipliers, blocks, (len(multipliers) - 1,), projection_kernel)
+        self.encoder = Encoder(sizes, out_channels=latent_channels, dtype=dtype, rngs=rngs)
         self.quantiser = ScaleQuantiser(
             scales=scales,
             codes=codes,
@@ -73,21 +67,16 @@ class VQVAE(LatentTokenizer):
             convolve_last=self.convolve_last,
             rngs=rngs,
         )
-        self.decoder = Decoder(latent_channels=latent_channels, **sizes, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(sizes, latent_channels=latent_channels, dtype=dtype, rngs=rngs)
 
     def posterior(self, images: Float[Array, "B h w 3"]) -> Posterior:
         """Encode images in [-1, 1] to the ids of each scale."""
         ids, _ = self.quantiser.quantise(self.encoder(images))
         return Posterior(ids, None, None)
 
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w 3"]:
-        """Decode the ids of all scales, or of the first few, to float32 images."""
-        return self.decode_map(self.quantiser.running_maps(tokens.levels)[-1], clamp=clamp)
-
-    def decode_map(self, f_hat: Float[Array, "B i j c"], *, clamp: bool = True) -> Float[Array, "B h w 3"]:
-        """Decode a map that a generator accumulated scale by scale."""
-        images = self.decoder(f_hat)
-        return jnp.clip(images, -1.0, 1.0) if clamp else images
+    def map_of(self, tokens: Tokens) -> Float[Array, "B i j c"]:
+        """Return the map of the ids of all scales, or of the first few."""
+        return self.quantiser.running_maps(tokens.levels)[-1]
 
     def train_latent(self, features: Float[Array, "B h w c"]) -> QuantiserTraining:
         """Quantise the encoder's output with straight-through gradients; decode `.map`, add `.loss` to the others."""
@@ -116,14 +105,10 @@ class HartTokenizer(VQVAE):
         mean, std = self.normalise(last - code, jnp.full_like(last, -jnp.inf))
         return Posterior(ids, mean, std)
 
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Float[Array, "B h w 3"]:
-        """Decode ids of the first scales or of all, or all of them and the residual, to float32 images."""
-        return self.decode_map(self.map_of(tokens), clamp=clamp)
-
-    def map_of(self, tokens: Tokens) -> Float[Array, "B h w c"]:
-        """Return the raw map of tokens, the decoder's input."""
+    def map_of(self, tokens: Tokens) -> Float[Array, "B i j c"]:
+        """Return the map of the ids of the first scales or of all, or of all of them and the residual."""
         scales = len(self.quantiser.scales)
-        f_hat = self.quantiser.running_maps(tokens.levels[:scales])[-1]
+        f_hat = super().map_of(Tokens(tokens.levels[:scales]))
         if len(tokens.levels) > scales:
             f_hat = f_hat + self.denormalise(tokens.levels[-1], self.latent_grid)
         return f_hat

@@ -21,13 +21,11 @@ from ear_jax.distributed.watchdog import Watchdog
 from ear_jax.errors import NonFiniteError, PreemptedError
 from ear_jax.nn.flops import count_equations
 from ear_jax.nn.functional import Arrays, Functional
-from ear_jax.training.initialise import ModuleFactory, Prepared, prepare
-from ear_jax.training.ledger import Ledger, batch_digest
+from ear_jax.training.ledger import Ledger, TensorBoard, batch_digest
 from ear_jax.training.optim import Recipe, make_optimizer
 from ear_jax.training.progress import Progress
 from ear_jax.training.report import loader_images_per_s, parameter_counts, peak_flops_per_s, start_report
-from ear_jax.training.step import TrainState, make_train_step
-from ear_jax.training.tensorboard import TensorBoard
+from ear_jax.training.step import ModuleFactory, StatePlan, TrainState, make_train_step, plan_state
 from ear_jax.types import Group, usual_group
 
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
@@ -39,12 +37,10 @@ ScoreHook = Callable[[int, TrainState], dict[str, float]]
 LONG_SECTION_S = 3600.0
 """Compiling, saving or drawing may take this long before the watchdog ends the process."""
 
-SHOWN = ("loss", "psnr", "psnr_coarse", "loss/coarse", "loss/fine", "accuracy/coarse", "codebook/usage")
-
 
 @dataclasses.dataclass
 class StageRun:
-    """Everything the loop needs to run one stage."""
+    """Everything the loop needs to run one stage; `shown` names the metrics printed at every log interval, in order."""
 
     stage: str
     config_name: str
@@ -58,6 +54,7 @@ class StageRun:
     folder: Path
     ledger: Ledger
     tensorboard_folder: Path
+    shown: tuple[str, ...] = ("loss",)
     group: Callable[[str], Group] = usual_group
     overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None
     grid: GridHook | None = None
@@ -83,19 +80,19 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
     """
     check_batch_size(run.settings.batch_size, run.mesh, accumulation_steps=run.settings.accumulation_steps)
     optimizer = make_optimizer(run.recipe, run.group)
-    prepared = prepare(run.create, optimizer, run.mesh, seed=run.seed, overwrite=run.overwrite)
+    plan = plan_state(run.create, optimizer, run.mesh, seed=run.seed, overwrite=run.overwrite)
     total, is_first = run.recipe.lengths.total_steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         store = stack.enter_context(CheckpointStore(run.folder / "checkpoints", keep=run.settings.keep_checkpoints))
-        state, start, resume = _start_state(run, prepared, store)
+        state, start, resume = _start_state(run, plan, store)
         if start >= total:
-            return prepared.static, state
+            return plan.static, state
         rate = loader_images_per_s(run.loader)
         report = start_report(
             config_name=f"{run.config_name} / {run.stage}",
             workdir=run.folder,
-            parameters=parameter_counts(prepared.shapes["params"]),
+            parameters=parameter_counts(plan.shapes["params"]),
             resume=resume,
             loader_images_per_s=rate,
             enabled=is_first,
@@ -119,7 +116,7 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         watchdog = stack.enter_context(Watchdog())
         with watchdog.section("compiling the training step", LONG_SECTION_S):
             placed = put_batch(batch, run.mesh)
-            step_function, progress.flops_per_step = _compile(run, prepared, optimizer, placed, progress)
+            step_function, progress.flops_per_step = _compile(run, plan, optimizer, placed, progress)
         watch = _Watch(run, progress, tensorboard)
         root = jax.random.key(run.seed)
         for step in range(start + 1, total + 1):
@@ -159,21 +156,21 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                 batch = next(run.loader)
         run.facts["train_s"] = time.monotonic() - began
         run.facts["last_metrics"] = watch.last
-    return prepared.static, state
+    return plan.static, state
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> tuple[TrainState, int, str]:
-    restored = store.restore_latest(prepared.like)
+def _start_state(run: StageRun, plan: StatePlan, store: CheckpointStore) -> tuple[TrainState, int, str]:
+    restored = store.restore_latest(plan.like)
     if restored is None:
         for note in store.notes:
             print(f"[{run.stage}] {note}", flush=True)
         # A run that ended before its first checkpoint, or whose folder was deleted, left updates that no longer count.
         run.ledger.resume(run.stage, 0)
-        return prepared.create(), 0, "no checkpoint, starting at step 0"
+        return plan.create(), 0, "no checkpoint, starting at step 0"
     for note in restored.notes:
         print(f"[{run.stage}] {note}", flush=True)
     run.loader.set_state(restored.host["loader"])
@@ -183,21 +180,19 @@ def _start_state(run: StageRun, prepared: Prepared, store: CheckpointStore) -> t
 
 def _compile(
     run: StageRun,
-    prepared: Prepared,
+    plan: StatePlan,
     optimizer: optax.GradientTransformationExtraArgs,
     batch: dict[str, jax.Array],
     progress: Progress,
 ) -> tuple[Callable[..., Any], float]:
     """Compile the step ahead, so that its memory is known before the first update."""
-    function = make_train_step(
-        prepared.static, optimizer, run.recipe, accumulation_steps=run.settings.accumulation_steps
-    )
+    function = make_train_step(plan.static, optimizer, run.recipe, accumulation_steps=run.settings.accumulation_steps)
     root = jax.random.key(run.seed)
-    shardings = (prepared.shardings, {name: leaf.sharding for name, leaf in batch.items()}, replicated(run.mesh))
+    shardings = (plan.shardings, {name: leaf.sharding for name, leaf in batch.items()}, replicated(run.mesh))
     jitted = jax.jit(
-        function, in_shardings=shardings, out_shardings=(prepared.shardings, replicated(run.mesh)), donate_argnums=0
+        function, in_shardings=shardings, out_shardings=(plan.shardings, replicated(run.mesh)), donate_argnums=0
     )
-    traced = jitted.trace(prepared.like, batch, root)
+    traced = jitted.trace(plan.like, batch, root)
     flops = count_equations(traced.jaxpr)
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
@@ -259,7 +254,7 @@ class _Watch:
                 f"images of the skipped steps in {run.ledger.path}."
             )
         if step % run.settings.log_every_steps == 0 or step == run.recipe.lengths.total_steps:
-            shown = {name: values[name] for name in SHOWN if name in values}
+            shown = {name: values[name] for name in run.shown if name in values}
             rates = self._progress.update(step, shown)
             self._tensorboard.scalars(step, values | rates, prefix=run.stage)
             run.ledger.event("metrics", stage=run.stage, step=step, **values, **rates)

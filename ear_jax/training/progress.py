@@ -1,31 +1,15 @@
 """How a stage is getting on: a live bar on a terminal, one plain line an interval elsewhere."""
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Protocol, cast, runtime_checkable
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
-
-
-@runtime_checkable
-class Output(Protocol):
-    """What progress is written to: a text stream that says whether it is a terminal."""
-
-    def write(self, text: str, /) -> object:
-        """Write text."""
-        ...
-
-    def flush(self) -> object:
-        """Let it be seen."""
-        ...
-
-    def isatty(self) -> bool:
-        """Say whether it is a terminal."""
-        ...
 
 
 def readable_seconds(seconds: float) -> str:
@@ -52,7 +36,7 @@ class Progress:
         flops_per_step: float | None = None,
         peak_flops_per_s: float | None = None,
         enabled: bool = True,
-        output: Output | None = None,
+        output: TextIO | io.StringIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock.
@@ -89,7 +73,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
             )
-            self._bar = RichProgress(*columns, console=Console(file=cast(IO[str], self._output)))
+            self._bar = RichProgress(*columns, console=Console(file=self._output))
             self._task = self._bar.add_task(stage, total=total_steps, completed=start_step, text="compiling")
             self._bar.start()
 

@@ -1,4 +1,4 @@
-"""Peak speed of known accelerators, for model FLOPs utilisation."""
+"""What is said when a stage starts: versions, devices and their peak speed, parameters, the loader's rate."""
 
 import collections
 import importlib.metadata
@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 
@@ -49,23 +49,6 @@ def peak_flops_per_s(device_kind: str) -> float | None:
     return None if peak is None else peak * 1e12
 
 
-@runtime_checkable
-class Rewindable(Protocol):
-    """What `loader_images_per_s` needs of a loader."""
-
-    def __next__(self) -> Mapping[str, Any]:
-        """Return the next batch."""
-        ...
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the position."""
-        ...
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go back to a position."""
-        ...
-
-
 def parameter_counts(parameters: Mapping[str, Any]) -> dict[str, int]:
     """Count parameters by top-level module; leaves need only a shape, names are paths such as `head/blocks/kernel`."""
     counts: collections.Counter[str] = collections.Counter()
@@ -75,9 +58,9 @@ def parameter_counts(parameters: Mapping[str, Any]) -> dict[str, int]:
 
 
 def loader_images_per_s(
-    loader: Rewindable, *, seconds: float = 0.25, max_batches: int = 200, clock: Callable[[], float] = time.monotonic
+    loader: Any, *, seconds: float = 0.25, max_batches: int = 200, clock: Callable[[], float] = time.monotonic
 ) -> float:
-    """Measure how fast a loader delivers, in local images a second, and put it back where it was.
+    """Measure how fast a `Loader` delivers, in local images a second, and put it back where it was.
 
     The first batch is not timed: it waits for threads and caches to start.
     """
@@ -117,9 +100,10 @@ def start_report(
         enabled: False on every process but the first.
     """
     devices = collections.Counter(device.device_kind for device in jax.devices())
+    libraries = ("jax", "flax", "optax", "numpy")
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}
     facts = {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+        "versions": {**versions, "ear_jax": _own_version()},
         "devices": dict(devices),
         "processes": jax.process_count(),
         "config": config_name,
@@ -128,7 +112,6 @@ def start_report(
         "loader_images_per_s": loader_images_per_s,
         "resume": resume,
     }
-    facts["versions"]["ear_jax"] = _own_version()
     if enabled:
         for line in _lines(facts):
             say(line)

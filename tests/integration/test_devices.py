@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from tiny import differing, one_device_mesh, quick_compilation, stage_run, tiny_config, to_numpy
 
 from ear_jax.distributed.mesh import make_mesh, put_batch, replicated
-from ear_jax.training.initialise import Prepared, prepare
 from ear_jax.training.optim import make_optimizer
-from ear_jax.training.step import TrainState, make_train_step
+from ear_jax.training.step import StatePlan, TrainState, make_train_step, plan_state
 
 UPDATES = 3
 METRIC_TOLERANCE = 1e-5  # relative; 5e-7 was seen
@@ -30,24 +29,24 @@ SHARD_ABOVE_ELEMENTS = 64
 class Stage:
     """What is the same on every mesh: how to build the module, its batches, and its first state on the host."""
 
-    prepared: Callable[[Mesh], Prepared]
-    step: Callable[[Prepared, int], Any]
+    planned: Callable[[Mesh], StatePlan]
+    step: Callable[[StatePlan, int], Any]
     batches: list[dict[str, np.ndarray]]
     state: dict[str, Any]
 
     def updated(self, mesh: Mesh, accumulation_steps: int) -> tuple[list[dict[str, float]], TrainState]:
         """Return the metrics of some updates on a mesh, and the state after them."""
-        prepared, root = self.prepared(mesh), jax.random.key(0)
-        state: Any = jax.device_put(self.state, prepared.shardings)
+        planned, root = self.planned(mesh), jax.random.key(0)
+        state: Any = jax.device_put(self.state, planned.shardings)
         placed = put_batch(self.batches[0], mesh)
         layout = {name: leaf.sharding for name, leaf in placed.items()}
         jitted = jax.jit(
-            self.step(prepared, accumulation_steps),
-            in_shardings=(prepared.shardings, layout, replicated(mesh)),
-            out_shardings=(prepared.shardings, replicated(mesh)),
+            self.step(planned, accumulation_steps),
+            in_shardings=(planned.shardings, layout, replicated(mesh)),
+            out_shardings=(planned.shardings, replicated(mesh)),
         )
         with quick_compilation():
-            compiled = jitted.lower(prepared.like, placed, root).compile()
+            compiled = jitted.lower(planned.like, placed, root).compile()
         metrics = []
         for batch in self.batches:
             state, values = compiled(state, put_batch(batch, mesh), root)
@@ -69,14 +68,14 @@ def stage_of(name: str, folder: Path) -> Stage:
     with contextlib.closing(run.ledger), contextlib.closing(run.loader):
         batches = [next(run.loader) for _ in range(UPDATES)]
 
-    def prepared(mesh: Mesh) -> Prepared:
+    def planned(mesh: Mesh) -> StatePlan:
         with mock.patch("ear_jax.distributed.mesh.REPLICATE_BELOW_ELEMENTS", SHARD_ABOVE_ELEMENTS):
-            return prepare(run.create, optimizer, mesh, seed=0)
+            return plan_state(run.create, optimizer, mesh, seed=0)
 
-    def step(prepared: Prepared, accumulation_steps: int) -> Any:
-        return make_train_step(prepared.static, optimizer, run.recipe, accumulation_steps=accumulation_steps)
+    def step(planned: StatePlan, accumulation_steps: int) -> Any:
+        return make_train_step(planned.static, optimizer, run.recipe, accumulation_steps=accumulation_steps)
 
-    return Stage(prepared, step, batches, jax.device_get(prepared(run.mesh).create()))
+    return Stage(planned, step, batches, jax.device_get(planned(run.mesh).create()))
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ def test_tokenizer(tokenizer):
 
 def test_the_first_state_does_not_depend_on_the_mesh(generator):
     mesh = make_mesh(data=2, fsdp=4)
-    state = generator.prepared(mesh).create()
+    state = generator.planned(mesh).create()
     assert not differing(to_numpy(state), to_numpy(generator.state))
     check_layout(generator.state, state, mesh)
 
@@ -169,7 +168,7 @@ def test_every_large_matrix_of_the_backbone_has_a_rule(generator):
         "backbone/transformer/blocks/mlp/expand/kernel": (None, width, hidden),
         "backbone/transformer/blocks/mlp/contract/kernel": (None, hidden, width),
     }
-    shardings = generator.prepared(make_mesh(data=2, fsdp=2, tensor=2)).shardings["params"]
+    shardings = generator.planned(make_mesh(data=2, fsdp=2, tensor=2)).shardings["params"]
     for name, axes in expected.items():
         assert tuple(shardings[name].spec) == axes, name
     for name in ("backbone/class_embedding", "backbone/inputs/0/table"):

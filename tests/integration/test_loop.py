@@ -20,9 +20,8 @@ from ear_jax.config.derive import stage_lengths
 from ear_jax.data.loader import Loader
 from ear_jax.errors import ConfigError, NonFiniteError, PreemptedError
 from ear_jax.training import ledger, loop
-from ear_jax.training.initialise import prepare
 from ear_jax.training.optim import make_optimizer, resolve
-from ear_jax.training.step import TrainState
+from ear_jax.training.step import TrainState, plan_state
 
 IMAGES, STEPS = 64, 8
 
@@ -117,7 +116,7 @@ def test_too_many_bad_updates_in_a_row_end_the_run_and_leave_a_good_checkpoint(t
     assert f"image ids [{batches[0][0]}" in capsys.readouterr().out
 
     recipe = resolve(tiny_config().generator_training, stage_lengths(tiny_config().generator_training, IMAGES))
-    like = prepare(Line, make_optimizer(recipe), one_device_mesh(), seed=1).like
+    like = plan_state(Line, make_optimizer(recipe), one_device_mesh(), seed=1).like
     with CheckpointStore(tmp_path / "checkpoints", read_only=True) as store:
         last, before = store.restore(6, like), store.restore(4, like)
     assert int(last.state["nonfinite_in_a_row"]) == 2

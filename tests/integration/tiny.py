@@ -212,7 +212,7 @@ class Programs:
     @contextlib.contextmanager
     def shared(self, *key: Any) -> Iterator[None]:
         """Let every `train` within use the programs kept under `key`."""
-        prepare, compile_step = loop.prepare, loop._compile
+        plan_state, compile_step = loop.plan_state, loop._compile
 
         def kept(name: str, make: Any) -> Any:
             if (name, key) not in self._kept:
@@ -221,7 +221,7 @@ class Programs:
 
         with (
             quick_compilation(),
-            mock.patch.object(loop, "prepare", lambda *a, **k: kept("prepare", lambda: prepare(*a, **k))),
+            mock.patch.object(loop, "plan_state", lambda *a, **k: kept("plan", lambda: plan_state(*a, **k))),
             mock.patch.object(loop, "_compile", lambda *a: kept("step", lambda: compile_step(*a))),
             mock.patch.object(loop, "loader_images_per_s", lambda loader: 0.0),
         ):

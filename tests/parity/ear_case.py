@@ -17,7 +17,7 @@ from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Functional, Keys, functional
 from ear_jax.nn.transformer import Trunk
 from ear_jax.types import Tokens
-from ear_jax.weights.families.ear import entries
+from ear_jax.weights.families.masked import ear_entries
 
 
 class PositionedHead(EnergyHead):
@@ -39,7 +39,7 @@ class EarCase:
         self.golden, self.config = golden, config
         grid = config["img_size"] // config["vae_stride"] // config["patch_size"]
         self.level = LevelSpec("fine", grid, "continuous", config["vae_embed_dim"] * config["patch_size"] ** 2)
-        self.entries = entries(
+        self.entries = ear_entries(
             depth=config["decoder_depth"], head_depth=config["scoreloss_d"], class_tokens=config["buffer_size"]
         )
         self.static = cache(lambda **options: self._functional(**options)[0])

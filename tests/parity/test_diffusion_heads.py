@@ -16,7 +16,7 @@ from ear_jax.heads.diffusion import DiffusionHead
 from ear_jax.nn import diffusion
 from ear_jax.nn.functional import Keys, functional
 from ear_jax.nn.layers import sinusoids
-from ear_jax.weights.families.masked_parts import diffusion_head
+from ear_jax.weights.families.masked import diffusion_head
 
 TRAIN_STEPS = 1000
 

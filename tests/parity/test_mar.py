@@ -23,7 +23,7 @@ from ear_jax.nn.functional import Keys, functional
 from ear_jax.nn.patches import patchify
 from ear_jax.nn.transformer import Trunk
 from ear_jax.types import Tokens
-from ear_jax.weights.families.mar import entries
+from ear_jax.weights.families.masked import mar_entries
 
 NUMBER = r"([\d.]+)"
 TRAINING = rf"(loss|z|gradnorm|grad_.+|mask)_masked(\d+)_drop{NUMBER}"
@@ -63,7 +63,7 @@ class MarCase:
         self.inputs = {name: jnp.asarray(array) for name, array in golden.inputs.items()}
         grid = config["img_size"] // config["vae_stride"] // config["patch_size"]
         self.level = LevelSpec("fine", grid, "continuous", config["vae_embed_dim"] * config["patch_size"] ** 2)
-        self.entries = entries(
+        self.entries = mar_entries(
             encoder_depth=config["encoder_depth"],
             depth=config["decoder_depth"],
             head_depth=config["diffloss_d"],

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ear_jax import storage
+from ear_jax import files
 from ear_jax.checkpoint.store import CheckpointStore
 from ear_jax.distributed.mesh import make_mesh
 from ear_jax.errors import ConfigError, DataError, StorageError
@@ -211,7 +211,7 @@ def test_leaves_that_are_not_arrays_are_refused(tmp_path):
 
 def test_too_little_space_is_refused_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     with CheckpointStore(tmp_path) as store:
         with pytest.raises(StorageError, match=r"needs 10\.9 KiB, there are 1000 bytes free"):
             store.save(1, make_state(), HOST)
@@ -245,10 +245,10 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     with pytest.raises((StorageError, NotADirectoryError)):
         CheckpointStore(tmp_path / "file" / "checkpoints")
     for number, text in ((30, "Read-only"), (13, "Permission"), (28, "No space")):
-        found = storage.as_storage_error(OSError(number, os.strerror(number)), "saving in X")
+        found = files.as_storage_error(OSError(number, os.strerror(number)), "saving in X")
         assert isinstance(found, StorageError) and text in str(found)
-    assert storage.as_storage_error(ValueError("shapes differ"), "saving in X") is None
-    assert storage.is_out_of_memory(MemoryError())
+    assert files.as_storage_error(ValueError("shapes differ"), "saving in X") is None
+    assert files.is_out_of_memory(MemoryError())
 
 
 SAVE_FOREVER = textwrap.dedent("""

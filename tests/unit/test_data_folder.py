@@ -10,10 +10,10 @@ from PIL import Image
 
 from ear_jax.config.schema import DataConfig
 from ear_jax.data import folder as folder_module
+from ear_jax.data.images import DamagedImage, printable
 from ear_jax.data.loader import Loader, eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.quarantine import DamagedImage, Quarantine, printable, write_quarantine
-from ear_jax.data.sources import ImageSource, Source
+from ear_jax.data.sources import ImageSource, Quarantine, Source, write_quarantine
 from ear_jax.errors import ConfigError, DataError, StorageError
 
 

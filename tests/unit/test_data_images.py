@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ear_jax.data.images import DecodeRules, center_crop, check_header, decode, flip_where
-from ear_jax.data.quarantine import DamagedImage
+from ear_jax.data.images import DamagedImage, DecodeRules, center_crop, check_header, decode, flip_where
 
 # By path: what stands beside a test file is on no import path under pytest's importlib mode.
 _SPEC = importlib.util.spec_from_file_location("image_corpus", Path(__file__).with_name("image_corpus.py"))

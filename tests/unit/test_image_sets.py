@@ -1,5 +1,9 @@
 """Images to be scored: folders and archives as people have them, and those of which no score could be trusted."""
 
+import io
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,3 +86,52 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
 def test_lossy_files_are_told(tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "0.jpg")
     assert "JPEG" in open_image_set(tmp_path).notes[0]
+
+
+def pictures(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 5, 5, 3), np.uint8)
+
+
+def write(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
+    return path
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_are_read_in_batches(tmp_path, save):
+    images = pictures(11)
+    save(tmp_path / "x.npz", arr_0=images, arr_1=np.arange(11))
+    found = open_image_set(tmp_path / "x.npz")
+    assert (found.count, found.image_px) == (11, 5)
+    for _ in range(2):
+        assert [len(batch) for batch in found.read(4)] == [4, 4, 3]
+    np.testing.assert_array_equal(read(found), images)
+    save_npz(tmp_path / "own.npz", images, np.zeros(11, np.int64))
+    np.testing.assert_array_equal(read(open_image_set(tmp_path / "own.npz")), images)
+
+
+def test_files_that_are_no_images_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"found mu\.npy"):
+        open_image_set(write(tmp_path / "x.npz", mu=np.zeros(3)))
+    for wrong in (pictures(0), pictures(2).astype(np.float32), pictures(2)[..., :1], pictures(2)[0], np.array([None])):
+        with pytest.raises(DataError, match="Expected uint8"):
+            open_image_set(write(tmp_path / "x.npz", arr_0=wrong))
+    with pytest.raises(DataError, match="Fortran"):
+        open_image_set(write(tmp_path / "x.npz", arr_0=np.asfortranarray(pictures(3))))
+    (tmp_path / "bad.npz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="no sound"):
+        open_image_set(tmp_path / "bad.npz")
+
+
+def test_damaged_images_are_refused_where_they_are_met(tmp_path):
+    good = write(tmp_path / "x.npz", arr_0=pictures(200)).read_bytes()
+    (tmp_path / "x.npz").write_bytes(good[:5000] + b"\x00\xff" + good[5002:])
+    found = open_image_set(tmp_path / "x.npz")
+    with pytest.raises(DataError, match="Bad CRC-32"):
+        read(found)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50, 5, 5, 3)})
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + pictures(20).tobytes())
+    with pytest.raises(DataError, match="ends after 20 images"):
+        read(open_image_set(tmp_path / "short.npz"))

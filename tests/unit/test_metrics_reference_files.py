@@ -1,4 +1,4 @@
-"""Files of reference statistics and of images: every format read, every damage refused with its reason."""
+"""Files of reference statistics: every format read, every damage refused with its reason."""
 
 import dataclasses
 import io
@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch_files
 
-from ear_jax.data.image_sets import ImageBatches
 from ear_jax.errors import DataError
-from ear_jax.folders.pictures import save_npz
 from ear_jax.metrics.distances import frechet_distance
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.reference_files import (
@@ -200,45 +198,3 @@ def test_a_reference_that_does_not_fit_is_refused_with_every_difference():
 
 def _images(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, 4, 6, 3), np.uint8)
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_images_are_read_in_batches(tmp_path, save):
-    images = _images(11)
-    save(tmp_path / "x.npz", arr_0=images, arr_1=np.arange(11))
-    batches = ImageBatches(tmp_path / "x.npz", batch_size=4)
-    assert (batches.count, batches.image_px) == (11, (4, 6))
-    for _ in range(2):
-        assert [len(batch) for batch in batches] == [4, 4, 3]
-    np.testing.assert_array_equal(np.concatenate(list(batches)), images)
-    save_npz(tmp_path / "own.npz", images, np.zeros(11, np.int64))
-    np.testing.assert_array_equal(np.concatenate(list(ImageBatches(tmp_path / "own.npz"))), images)
-
-
-def test_files_that_are_no_images_are_refused(tmp_path):
-    with pytest.raises(DataError, match="is not a file"):
-        ImageBatches(tmp_path / "absent.npz")
-    with pytest.raises(DataError, match=r"found mu\.npy"):
-        ImageBatches(_write(tmp_path / "x.npz", mu=np.zeros(3)))
-    for wrong in (_images(0), _images(2).astype(np.float32), _images(2)[..., :1], _images(2)[0], np.array([None])):
-        with pytest.raises(DataError, match="Expected uint8"):
-            ImageBatches(_write(tmp_path / "x.npz", arr_0=wrong))
-    with pytest.raises(DataError, match="Fortran"):
-        ImageBatches(_write(tmp_path / "x.npz", arr_0=np.asfortranarray(_images(3))))
-    (tmp_path / "bad.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="no sound"):
-        ImageBatches(tmp_path / "bad.npz")
-
-
-def test_damaged_images_are_refused_where_they_are_met(tmp_path):
-    good = _write(tmp_path / "x.npz", arr_0=_images(200)).read_bytes()
-    (tmp_path / "x.npz").write_bytes(good[:5000] + b"\x00\xff" + good[5002:])
-    batches = ImageBatches(tmp_path / "x.npz")
-    with pytest.raises(DataError, match="Bad CRC-32"):
-        list(batches)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50, 4, 6, 3)})
-    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
-        archive.writestr("arr_0.npy", header.getvalue() + _images(20).tobytes())
-    with pytest.raises(DataError, match="ends after 20 images"):
-        list(ImageBatches(tmp_path / "short.npz"))

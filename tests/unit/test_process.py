@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from ear_jax.distributed.process import any_process, check_agreement, initialise, on_first_process
-from ear_jax.distributed.rendezvous import Job, find_job, meet
+from ear_jax.distributed.process import Job, any_process, check_agreement, find_job, initialise, meet, on_first_process
 from ear_jax.distributed.stop_signal import StopSignal
 from ear_jax.distributed.watchdog import Watchdog
 from ear_jax.errors import ConfigError

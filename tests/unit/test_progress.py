@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ear_jax.training import report as reports
+from ear_jax.training.ledger import TensorBoard
 from ear_jax.training.progress import Progress, readable_seconds
 from ear_jax.training.report import peak_flops_per_s
-from ear_jax.training.tensorboard import TensorBoard
 
 
 class Clock:

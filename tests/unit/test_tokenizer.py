@@ -5,14 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_tokenizers import IMAGE_PX, LATENT_CHANNELS, LATENT_GRID, compiled, tiny_hybrid, tiny_vae
+from tiny_tokenizers import (
+    IMAGE_PX,
+    LATENT_CHANNELS,
+    LATENT_GRID,
+    compiled,
+    parameter_count,
+    tiny_hybrid,
+    tiny_vae,
+)
 
 from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Keys
-from ear_jax.tokenizers.decoder import Decoder
-from ear_jax.tokenizers.fusion import make_fusion
-from ear_jax.tokenizers.lite_hybrid import LiteHybrid
-from ear_jax.tokenizers.lite_vae import ENCODERS, Encoder, LiteVAE, parameter_count
+from ear_jax.tokenizers.lite_hybrid import LiteHybrid, make_fusion
+from ear_jax.tokenizers.lite_vae import ENCODERS, Decoder, Encoder, LiteVAE
 from ear_jax.types import Tokens
 
 

@@ -7,17 +7,10 @@ import pytest
 from flax import nnx
 
 from ear_jax.nn.attention import SpatialAttention
-from ear_jax.nn.conv import (
-    MixedConv,
-    Pointwise,
-    SelfModulatedConv,
-    average_pool,
-    depth_to_space,
-    upsample_nearest,
-    usable_groups,
-)
+from ear_jax.nn.conv import MixedConv, Pointwise, SelfModulatedConv, usable_groups
 from ear_jax.nn.functional import Keys
 from ear_jax.nn.layers import GroupNorm, group_count
+from ear_jax.nn.resize import average_pool, depth_to_space, upsample_nearest
 from ear_jax.nn.unet import UNet
 
 

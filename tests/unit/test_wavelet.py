@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ear_jax.nn.wavelet import haar, haar_pyramid, high_bands, inverse_haar
+from ear_jax.nn.resize import haar, haar_pyramid, high_bands, inverse_haar
 
 
 def _images(side: int = 16, channels: int = 3) -> jax.Array:

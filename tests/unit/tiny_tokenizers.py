@@ -57,6 +57,11 @@ def tiny_hybrid(keys: Keys, **overrides: Any) -> LiteHybrid:
     return LiteHybrid(vae=tiny_vae(keys), **{**sizes, **overrides}, rngs=keys)
 
 
+def parameter_count(module: nnx.Module) -> int:
+    """Count the trained parameters of a module, concrete or abstract."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
 def compiled(create: Callable[[], Any]) -> Any:
     """Run a constructor as one compiled program instead of one program an array."""
     static, _, _ = functional(nnx.eval_shape(create))

@@ -10,43 +10,29 @@ from ear_jax.weights.entries import Entry, convolution, kernel, norm, pointwise,
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Names of one format, with `{level}` counted from the image side and `{depth}` from the other.
+    """Names of one format, by default those of the reference code.
 
-    `query_key_value` is one fused convolution or three layers; `is_dense` says that attention's layers are [out, in]
-    matrices and no convolutions.
+    `{level}` counts from the image side and `{depth}` from the other. `query_key_value` is one fused convolution or
+    three layers; `is_dense` says that attention's layers are [out, in] matrices and no convolutions.
     """
 
-    encoder_level: str
-    decoder_level: str
-    block: str
-    attention: str
-    halve: str
-    double: str
-    middle: tuple[str, str, str]
-    norm: str
-    skip: str
-    attention_norm: str
-    query_key_value: tuple[str, ...]
-    attention_output: str
-    is_dense: bool
+    encoder_level: str = "down.{level}"
+    decoder_level: str = "up.{level}"
+    block: str = "block.{index}"
+    attention: str = "attn.{index}"
+    halve: str = "downsample.conv"
+    double: str = "upsample.conv"
+    middle: tuple[str, str, str] = ("mid.block_1", "mid.attn_1", "mid.block_2")
+    norm: str = "norm_out"
+    skip: str = "nin_shortcut"
+    attention_norm: str = "norm"
+    query_key_value: tuple[str, ...] = ("q", "k", "v")
+    attention_output: str = "proj_out"
+    is_dense: bool = False
 
 
-REFERENCE = Layout(
-    encoder_level="down.{level}",
-    decoder_level="up.{level}",
-    block="block.{index}",
-    attention="attn.{index}",
-    halve="downsample.conv",
-    double="upsample.conv",
-    middle=("mid.block_1", "mid.attn_1", "mid.block_2"),
-    norm="norm_out",
-    skip="nin_shortcut",
-    attention_norm="norm",
-    query_key_value=("q", "k", "v"),
-    attention_output="proj_out",
-    is_dense=False,
-)
-FUSED = dataclasses.replace(REFERENCE, query_key_value=("qkv",))
+REFERENCE = Layout()
+FUSED = Layout(query_key_value=("qkv",))
 DIFFUSERS = Layout(
     encoder_level="down_blocks.{level}",
     decoder_level="up_blocks.{depth}",

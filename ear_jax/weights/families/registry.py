@@ -11,7 +11,7 @@ from ear_jax.config import derive
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.weights.entries import Entry
-from ear_jax.weights.families import dit, ear, kl_vae, mar, var, vqvae
+from ear_jax.weights.families import dit, kl_vae, masked, var, vqvae
 
 PREFERRED_GENERATOR = ("model_ema", "ema", "model", "state_dict", "var_wo_ddp")
 """Tables of a generator's file, best first: the published evaluations use averaged weights."""
@@ -96,9 +96,7 @@ def _kl_vae(config: Config) -> list[Entry]:
     own = config.tokenizer.kl_vae
     last = (len(own.multipliers) - 1,)
     return kl_vae.entries(
-        multipliers=own.multipliers,
-        blocks=own.blocks,
-        latent_channels=own.latent_channels,
+        **_named(own, "multipliers", "blocks", "latent_channels"),
         encoder_attention=last if own.encoder_attention else (),
         decoder_attention=last if own.decoder_attention else (),
         latent_scale=kl_vae.STABLE_DIFFUSION_SCALE if _is_stable_diffusion(config) else kl_vae.KL16_SCALE,
@@ -107,54 +105,38 @@ def _kl_vae(config: Config) -> list[Entry]:
 
 
 def _vqvae(config: Config) -> list[Entry]:
-    own = config.tokenizer.vqvae
-    return vqvae.entries(
-        multipliers=own.multipliers,
-        blocks=own.blocks,
-        latent_channels=own.latent_channels,
-        codes=own.codes,
-        scales=own.scales,
-        residual_convolutions=own.residual_convolutions,
-        residual_ratio=own.residual_ratio,
-    )
+    quantiser = ("codes", "scales", "residual_convolutions", "residual_ratio")
+    return vqvae.entries(**_named(config.tokenizer.vqvae, "multipliers", "blocks", "latent_channels", *quantiser))
 
 
 def _ear(config: Config) -> list[Entry]:
     own = config.generator
-    return ear.entries(depth=own.backbone.depth, head_depth=own.energy.depth, class_tokens=own.backbone.class_tokens)
+    return masked.ear_entries(head_depth=own.energy.depth, **_named(own.backbone, "depth", "class_tokens"))
 
 
 def _mar(config: Config) -> list[Entry]:
     own = config.generator
-    return mar.entries(
-        encoder_depth=own.backbone.encoder_depth,
-        depth=own.backbone.depth,
-        head_depth=own.diffusion.depth,
-        class_tokens=own.backbone.class_tokens,
-    )
+    sizes = _named(own.backbone, "encoder_depth", "depth", "class_tokens")
+    return masked.mar_entries(head_depth=own.diffusion.depth, **sizes)
 
 
 def _var(config: Config) -> list[Entry]:
-    own = config.generator.backbone
-    return var.entries(
-        width=own.width,
-        depth=own.depth,
-        heads=own.heads,
-        scales=config.tokenizer.vqvae.scales,
-        use_unit_attention=own.use_unit_attention,
-        use_shared_modulation=own.use_shared_modulation,
-    )
+    own = ("width", "depth", "heads", "use_unit_attention", "use_shared_modulation")
+    return var.entries(scales=config.tokenizer.vqvae.scales, **_named(config.generator.backbone, *own))
 
 
 def _dit(config: Config) -> list[Entry]:
     patch = config.generator.patch_size
     return dit.entries(
-        depth=config.generator.backbone.depth,
-        width=config.generator.backbone.width,
+        **_named(config.generator.backbone, "depth", "width"),
         grid=derive.latent_grid(config) // patch,
         patch_size=patch,
         channels=derive.latent_channels(config),
     )
+
+
+def _named(group: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(group, name) for name in names}
 
 
 TOKENIZER_ENTRIES: dict[str, Callable[[Config], list[Entry]]] = {
