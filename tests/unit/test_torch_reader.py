@@ -20,8 +20,8 @@ import safetensors.numpy
 from torch_files import UNTYPED, Entry, Raw, View, encode, save, tensor_code, write_archive, zip_bytes
 
 from ear_jax.errors import DataError
-from ear_jax.weights import safetensors_file, torch_unpickler
-from ear_jax.weights.torch_reader import open_tensors, read_tensors
+from ear_jax.weights import safetensors_file, torch_pickle
+from ear_jax.weights.tensor_file import open_tensors, read_tensors
 
 FLOAT = "torch\nFloatStorage"
 FOUR = np.arange(4, dtype="<f4").tobytes()
@@ -455,7 +455,7 @@ HOSTILE_FILES = {
     "directory larger than the file": (_archive(_PICKLE, _STORAGE, size=1 << 31), "directory claims"),
     "zip64 record beyond the file": (_with_zip64(1 << 60), "zip64"),
     "zip64 record that is none": (_with_zip64(0), "zip64"),
-    "zip64 size without its field": (_archive(_PICKLE, _other(_STORAGE, size=0xFFFFFFFF)), "zip64 field"),
+    "zip64 size without its field": (_archive(_PICKLE, _other(_STORAGE, size=0xFFFFFFFF)), "runs into"),
     "bytes after the end": (_SOUND + b"more", "follow the end"),
     "bit flipped in a storage": (_SOUND.replace(FOUR, FOUR[:5] + b"\x01" + FOUR[6:]), "CRC-32"),
     "bit flipped in the pickle": (_SOUND.replace(b"cpu", b"gpu"), "CRC-32"),
@@ -464,26 +464,39 @@ HOSTILE_FILES = {
     "only an end": (_SOUND[:4] + _SOUND[-22:], "directory claims"),
     # safetensors
     "header longer than the file": (_safetensors({"w": _record()}, bytes(8), length=1 << 40), "neither|header claims"),
-    "header of a gigabyte": (_safetensors(b"{" + b" " * 64, length=50), "header is not JSON"),
-    "header that is no JSON": (_safetensors(b"{]", bytes(8)), "not JSON"),
-    "header of NaN": (_safetensors(b'{"w": NaN}', bytes(8)), "holds NaN"),
-    "header as deep as it is long": (_safetensors(b'{"a":' * 50_000, bytes(8)), "not JSON"),
-    "the same name twice": (_safetensors(b'{"w": {}, "w": {}}', bytes(8)), "twice"),
-    "array that is no record": (_safetensors({"w": [1]}, bytes(8)), "does not have just"),
+    "header of a gigabyte": (_safetensors(b"{" + b" " * 64, length=50), "invalid JSON in header: EOF"),
+    "header that is no JSON": (_safetensors(b"{]", bytes(8)), "invalid JSON"),
+    "header of NaN": (_safetensors(b'{"w": NaN}', bytes(8)), "invalid JSON.*expected value"),
+    "header as deep as it is long": (_safetensors(b'{"a":' * 50_000, bytes(8)), "recursion limit"),
+    "the same name twice, empty": (_safetensors(b'{"w": {}, "w": {}}', bytes(8)), "missing field"),
+    "the same name twice": (
+        _safetensors(b'{"w": %b, "w": %b}' % ((json.dumps(_record()).encode(),) * 2), bytes(8)),
+        "twice",
+    ),
+    "array that is no record": (_safetensors({"w": [1]}, bytes(8)), "invalid type: integer"),
     "array with more keys": (_safetensors({"w": _record() | {"code": "x"}}, bytes(8)), "does not have just"),
-    "unknown dtype": (_safetensors({"w": _record(dtype="F4")}, bytes(8)), "dtype 'F4'"),
-    "dtype that is no text": (_safetensors({"w": _record(dtype=[1])}, bytes(8)), "dtype"),
-    "arrays that overlap": (_safetensors({"v": _record(0, 8), "w": _record(4, 12)}, bytes(12)), "begins at byte 4"),
-    "hole between arrays": (_safetensors({"v": _record(0, 8), "w": _record(12, 20)}, bytes(20)), "begins at byte 12"),
-    "bytes after the arrays": (_safetensors({"w": _record()}, bytes(9)), "follow the header"),
-    "arrays beyond the file": (_safetensors({"w": _record()}, bytes(7)), "follow the header"),
-    "offsets backwards": (_safetensors({"w": _record(8, 0)}, bytes(8)), "span -8"),
-    "shape that lies": (_safetensors({"w": _record(shape=(3,))}, bytes(8)), "takes 12 bytes"),
-    "shape below zero": (_safetensors({"w": _record(shape=(-1, -2))}, bytes(8)), "at least 0"),
-    "shape of truth": (_safetensors({"w": _record(shape=(True, 2))}, bytes(8)), "at least 0"),
-    "shape beyond 64 bits": (_safetensors({"w": _record(shape=(1 << 40, 1 << 40))}, bytes(8)), "too large"),
-    "offset of floats": (_safetensors({"w": _record(0, 8.0)}, bytes(8)), "at least 0"),
-    "three offsets": (_safetensors({"w": _record() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "too many"),
+    "unknown dtype": (_safetensors({"w": _record(dtype="F4")}, bytes(8)), "data type"),
+    "dtype that is no text": (_safetensors({"w": _record(dtype=[1])}, bytes(8)), "invalid type: sequence"),
+    "arrays that overlap": (
+        _safetensors({"v": _record(0, 8), "w": _record(4, 12)}, bytes(12)),
+        "invalid offset for tensor `w`",
+    ),
+    "hole between arrays": (
+        _safetensors({"v": _record(0, 8), "w": _record(12, 20)}, bytes(20)),
+        "invalid offset for tensor `w`",
+    ),
+    "bytes after the arrays": (_safetensors({"w": _record()}, bytes(9)), "not fully covered"),
+    "arrays beyond the file": (_safetensors({"w": _record()}, bytes(7)), "not fully covered"),
+    "offsets backwards": (_safetensors({"w": _record(8, 0)}, bytes(8)), "invalid offset for tensor `w`"),
+    "shape that lies": (_safetensors({"w": _record(shape=(3,))}, bytes(8)), "invalid shape"),
+    "shape below zero": (_safetensors({"w": _record(shape=(-1, -2))}, bytes(8)), "integer `-1`"),
+    "shape of truth": (_safetensors({"w": _record(shape=(True, 2))}, bytes(8)), "boolean `true`"),
+    "shape beyond 64 bits": (_safetensors({"w": _record(shape=(1 << 40, 1 << 40))}, bytes(8)), "overflow"),
+    "offset of floats": (_safetensors({"w": _record(0, 8.0)}, bytes(8)), "floating point `8.0`"),
+    "three offsets": (_safetensors({"w": _record() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "invalid length 3"),
+    "elements that numpy lacks": (_safetensors({"w": _record(0, 1, (2,), "F4")}, bytes(1)), "known dtype.*F4"),
+    "a hundred axes of one": (_safetensors({"w": _record(shape=(2,) + (1,) * 99)}, bytes(8)), "up to 64 axes"),
+    "no elements of endless size": (_safetensors({"w": _record(0, 0, (0, 1 << 40, 1 << 21))}), "too large"),
     "header that is a list": (_safetensors(b"[{}]", bytes(8)), "neither"),
 }
 
@@ -517,7 +530,7 @@ def test_refusing_takes_no_memory(tmp_path):
 def test_the_number_of_instructions_and_the_size_of_a_pickle_are_limited(tmp_path, monkeypatch):
     program = b"\x80\x02" + b"N0" * 600 + b"}."
     for limit, match in (("MAXIMUM_INSTRUCTIONS", "more than 1000 instructions"), ("MAXIMUM_BYTES", "at most 1000")):
-        monkeypatch.setattr(torch_unpickler, limit, 1000)
+        monkeypatch.setattr(torch_pickle, limit, 1000)
         with pytest.raises(DataError, match=match):
             read_tensors(write_archive(tmp_path / "w.pth", program))
 
