@@ -154,7 +154,8 @@ def _is_tensor(item: Any, is_numpy_allowed: bool) -> bool:
 
 
 def _described(value: Any) -> str:
-    return value.path if isinstance(value, Array | Inert) else f"a {type(value).__name__}"
+    is_known = isinstance(value, Inert) or (isinstance(value, Array) and value.values is None)
+    return value.path if is_known else f"a {type(value).__name__}"
 
 
 def _select(tables: Mapping[str, dict[str, Any]], weights: str, preferred: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -97,8 +97,8 @@ def _read_legacy(file: mmap) -> tuple[Any, bool]:
         raise Unreadable(f"its version is {torch_pickle.shown(version.root)}, expected {_LEGACY_PROTOCOL}")
     is_big_endian = system.root.get("little_endian") is False
     main = _next(file, system.end)
-    keys, position = _next(file, main.end)[::2]
-    claims = main.storages
+    listed = _next(file, main.end)
+    keys, claims, position = listed.root, main.storages, listed.end
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(claims):
         raise Unreadable("the storages that its tensors lie on are not those it lists")
     # The bytes of the storages fill the rest of the file, each behind its number of elements.

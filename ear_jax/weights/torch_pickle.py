@@ -207,8 +207,11 @@ class _Unpickler(pickle._Unpickler):
     """Python's unpickler, less every instruction that builds by calling, importing or setting attributes."""
 
     stack: list[Any]
+    metastack: list[list[Any]]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    load_stop: Callable[[], None]
 
     def __init__(
         self, program: _Program, places: Mapping[str, Extent] | None, program_bytes: int, file_bytes: int
@@ -272,7 +275,7 @@ class _Unpickler(pickle._Unpickler):
         """Read (storage, offset, size, strides) with requires_grad, hooks and metadata after them."""
         if any(arguments[6:]):
             raise Unreadable("a tensor is stored negated or conjugated; save it with .resolve_neg().resolve_conj()")
-        return self._checked(*arguments[:4], None)
+        return self._checked(arguments, None)
 
     def _typed_tensor(self, arguments: tuple[Any, ...]) -> Tensor:
         """Read the same with the element type in front of the metadata."""
@@ -280,9 +283,10 @@ class _Unpickler(pickle._Unpickler):
         name = dtype.path.removeprefix("torch.") if isinstance(dtype, Name) else None
         if name not in DTYPES or any(arguments[7:]):
             raise Unreadable("a tensor has no element type, or is stored negated or conjugated")
-        return self._checked(*arguments[:4], name)
+        return self._checked(arguments, name)
 
-    def _checked(self, storage: Any, offset: Any, size: Any, strides: Any, dtype: str | None) -> Tensor:
+    def _checked(self, arguments: tuple[Any, ...], dtype: str | None) -> Tensor:
+        storage, offset, size, strides = arguments[:4]
         if not isinstance(storage, Storage):
             raise Unreadable("a tensor lies on no storage")
         dtype = dtype or storage.dtype
@@ -317,7 +321,7 @@ class _Unpickler(pickle._Unpickler):
     def _stop(self) -> None:
         if len(self.stack) != 1 or self.metastack:
             raise Unreadable("its pickle leaves values or instructions over")
-        pickle._Unpickler.load_stop(self)
+        self.load_stop()
 
     def _skip_frame(self) -> None:
         self.read(8)
