@@ -19,13 +19,11 @@ from ear_jax.errors import DataError, StorageError
 from ear_jax.files import atomic_file, file_sha256
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.statistics import FeatureStatistics
-from ear_jax.weights.numpy_pickle import read_arrays
-from ear_jax.weights.torch_reader import read_tensors
+from ear_jax.weights.tensor_file import read_tensors
 
 FORMAT = "ear_jax reference statistics 1"
 _ADVICE = "Build the reference again with --task=stats, or copy the file again."
 _ASYMMETRY = 1e-5
-_LARGEST_PICKLE_BYTES = 1 << 28
 _FAULTS = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, NotImplementedError, MemoryError)
 
 
@@ -89,7 +87,9 @@ def load_reference_statistics(path: str | os.PathLike[str]) -> ReferenceStatisti
     if not path.is_file():
         raise DataError(f"No reference statistics at {path}. Build them: --task=stats --config.data.source=SOURCE.")
     try:
-        arrays = _torch_arrays(path) if path.suffix in (".pt", ".pth") else _npz_arrays(path)
+        # torch-fidelity keeps numpy arrays in its cache; its forks also tensors.
+        is_torch = path.suffix in (".pt", ".pth")
+        arrays = read_tensors(path, is_numpy_allowed=True) if is_torch else _npz_arrays(path)
         digest = file_sha256(path)
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
@@ -153,18 +153,6 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         arrays = {name: file[name] for name in wanted if name in file.files}
         # Images may be many gigabytes; that they are there is all that matters.
         return arrays | {name: np.empty(0) for name in file.files if name not in wanted}
-
-
-def _torch_arrays(path: Path) -> dict[str, np.ndarray]:
-    # torch-fidelity keeps numpy arrays in its cache; its forks also tensors.
-    if not zipfile.is_zipfile(path):
-        return read_tensors(path)
-    with zipfile.ZipFile(path) as archive:
-        entries = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
-        if len(entries) != 1 or entries[0].file_size > _LARGEST_PICKLE_BYTES:
-            raise ValueError("a file of torch has one data.pkl of at most 256 MiB")
-        program = archive.read(entries[0])
-    return read_arrays(program) if b"multiarray" in program[:256] else read_tensors(path)
 
 
 def _protocol(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from ear_jax.weights import safetensors_file
 from ear_jax.weights.apply import Shapes, ours_of, theirs_of
 from ear_jax.weights.entries import Entry, from_elsewhere
 from ear_jax.weights.families import registry
-from ear_jax.weights.torch_reader import TensorFile, open_tensors
+from ear_jax.weights.tensor_file import TensorFile, open_tensors
 
 
 @dataclasses.dataclass(frozen=True)

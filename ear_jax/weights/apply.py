@@ -10,7 +10,7 @@ import numpy as np
 
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.weights.entries import Entry
-from ear_jax.weights.torch_archive import forget_pages
+from ear_jax.weights.mapped import forget_pages
 
 Shapes = Mapping[str, tuple[tuple[int, ...], Any]]
 """Shape and dtype by name."""

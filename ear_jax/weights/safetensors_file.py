@@ -1,6 +1,7 @@
 """Safetensors files of any size: arrays read as views of the file, and written one at a time.
 
-The `safetensors` package holds a whole file in memory, twice when writing; converting weights must not.
+The `safetensors` package checks headers. Its readers copy and its writer takes everything at once; converting weights
+must do neither.
 """
 
 import hashlib
@@ -14,60 +15,50 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from ear_jax.files import atomic_file
-from ear_jax.weights.torch_archive import Unreadable
+from ear_jax.weights.mapped import Unreadable
 
 DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "C64": np.dtype("<c8"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
+    "C64": np.dtype("c8"),
     "BOOL": np.dtype("?"),
 }
 """numpy's types by the format's names."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
+_MOST_AXES = 64  # numpy's
 
 
-def views(file: mmap) -> dict[str, np.ndarray]:
-    """Return every array of a safetensors file as a read-only view, in the order of their bytes.
+def views(path: str | os.PathLike[str], file: mmap) -> dict[str, np.ndarray]:
+    """Return every array of a safetensors file as a read-only view of `file`, in the order of their bytes.
 
     Raises:
         Unreadable: the header is malformed, or its arrays overlap, leave holes or do not fill the file.
     """
-    length = int.from_bytes(file[:8], "little")
-    start = 8 + length
-    if len(file) < 8 or length > _LONGEST_HEADER or start > len(file):
-        raise Unreadable(f"its header claims {length} bytes of a file of {len(file)}")
-    header = _header(file[8:start])
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            start = 8 + int.from_bytes(file[:8], "little")
+            header = json.loads(file[8:start], object_pairs_hook=_unique)
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise Unreadable(f"its header is not sound ({str(error)[:160]})") from None
     header.pop("__metadata__", None)
-    spans = {name: _span(name, record) for name, record in header.items()}
-    names = sorted(spans, key=lambda name: spans[name][:2])
-    place = 0
-    for name in names:
-        begin, end, _, _ = spans[name]
-        if begin != place:
-            raise Unreadable(f"array {name!r} begins at byte {begin}, but the arrays before it end at {place}")
-        place = end
-    if start + place != len(file):
-        raise Unreadable(f"its arrays take {place} bytes, but {len(file) - start} follow the header")
-    return {
-        name: np.ndarray(shape, dtype, buffer=file, offset=start + begin) if end > begin else np.empty(shape, dtype)
-        for name in names
-        for begin, end, shape, dtype in [spans[name]]
-    }
+    arrays = {}
+    for name, record in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, dtype, begin = record["shape"], DTYPES.get(record["dtype"]), record["data_offsets"][0]
+        if len(record) != 3 or dtype is None or len(shape) > _MOST_AXES:
+            raise Unreadable(
+                f"array {name[:80]!r} does not have just a shape of up to {_MOST_AXES} axes, offsets and a known dtype "
+                f"(it is {str(record['dtype'])[:40]!r})"
+            )
+        if math.prod(n for n in shape if n) * dtype.itemsize >= 2**62:
+            raise Unreadable(f"array {name[:80]!r} is too large")
+        arrays[name] = np.ndarray(shape, dtype, file, start + begin) if math.prod(shape) else np.empty(shape, dtype)
+    return arrays
 
 
 def write(
@@ -113,44 +104,8 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _header(raw: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except Unreadable:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"its header is not JSON ({str(error)[:120]})") from None
-    if not isinstance(header, dict):
-        raise Unreadable("its header is not a JSON object")
-    return header
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise Unreadable("its header names something twice")
+        raise ValueError("it names something twice")
     return table
-
-
-def _no_constant(text: str) -> Any:
-    raise Unreadable(f"its header holds {text}")
-
-
-def _span(name: str, record: Any) -> tuple[int, int, tuple[int, ...], np.dtype[Any]]:
-    if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
-        raise Unreadable(f"array {name[:80]!r} does not have just a dtype, a shape and data_offsets")
-    shape, offsets = record["shape"], record["data_offsets"]
-    dtype = DTYPES.get(record["dtype"]) if isinstance(record["dtype"], str) else None
-    if dtype is None:
-        raise Unreadable(f"array {name[:80]!r} has the dtype {str(record['dtype'])[:40]!r}, which is not known")
-    counts = [shape, offsets] if isinstance(shape, list) and isinstance(offsets, list) else [[-1]]
-    if not all(type(number) is int and 0 <= number < 2**48 for values in counts for number in values):
-        raise Unreadable(f"array {name[:80]!r} has a shape or offsets that are not integers of at least 0")
-    if len(shape) > 64 or len(offsets) != 2 or math.prod(n for n in shape if n) * dtype.itemsize >= 2**62:
-        raise Unreadable(f"array {name[:80]!r} has too many axes or offsets, or is too large")
-    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise Unreadable(
-            f"array {name[:80]!r} of shape {shape} takes {math.prod(shape) * dtype.itemsize} bytes, its offsets span "
-            f"{offsets[1] - offsets[0]}"
-        )
-    return offsets[0], offsets[1], tuple(shape), dtype

@@ -26,7 +26,7 @@ from ear_jax.weights import safetensors_file
 from ear_jax.weights.apply import ours_of, theirs_of, to_ours, to_theirs
 from ear_jax.weights.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
 from ear_jax.weights.families import registry
-from ear_jax.weights.torch_reader import read_tensors
+from ear_jax.weights.tensor_file import read_tensors
 
 CLASSES = 3
 FLOAT = np.dtype(np.float32)

@@ -8,6 +8,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import time
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from legacy_torch_file import CONTENT
 from torch_files import UNTYPED, Entry, Raw, View, encode, save, tensor_code, write_archive, zip_bytes
 
 from ear_jax.errors import DataError
-from ear_jax.weights import safetensors_file, torch_unpickler
-from ear_jax.weights.torch_reader import open_tensors, read_tensors
+from ear_jax.weights import safetensors_file, torch_pickle
+from ear_jax.weights.tensor_file import open_tensors, read_tensors
+from ear_jax.weights.torch_file import LEGACY_MAGIC
 
 FLOAT = "torch\nFloatStorage"
 FOUR = np.arange(4, dtype="<f4").tobytes()
@@ -369,6 +372,163 @@ def test_hostile_pickles_are_refused_without_a_side_effect(tmp_path, audited, mo
     _refusal(write_archive(tmp_path / "weights.pth", program, {"0": FOUR}), audited, match)
 
 
+def _legacy(program: bytes, *, version: bytes = pickle.dumps(1001, 2), keys: tuple[str, ...] = ("0",)) -> bytes:
+    """A file in torch's format from before 2020 around any pickle, with storages of four floats."""
+    system = pickle.dumps({"little_endian": True}, 2)
+    storages = (struct.pack("<q", 4) + FOUR) * len(keys)
+    return LEGACY_MAGIC + version + system + program + pickle.dumps(list(keys), 2) + storages
+
+
+@pytest.mark.parametrize("name", HOSTILE_PICKLES)
+def test_hostile_pickles_in_the_older_layout_are_refused_without_a_side_effect(tmp_path, audited, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pth").write_bytes(_legacy(HOSTILE_PICKLES[name][0]))
+    _refusal(tmp_path / "weights.pth", audited, "before 2020|no table of tensors")
+
+
+def test_a_genuine_file_of_the_older_layout_gives_its_arrays(tmp_path):
+    (tmp_path / "w.pth").write_bytes(CONTENT)
+    arrays = read_tensors(tmp_path / "w.pth")
+    assert list(arrays) == [*(f"lin{i}.model.1.weight" for i in range(5)), "count", "transposed"]
+    for index in range(5):
+        weight = arrays[f"lin{index}.model.1.weight"]
+        assert weight.dtype == np.float32 and weight.tolist() == [[[[index + 0.5]], [[-index]]]]
+    assert arrays["count"].dtype == np.int64 and arrays["count"] == 7
+    assert arrays["transposed"].dtype == np.float16
+    assert arrays["transposed"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert not arrays["transposed"].flags.writeable
+    (tmp_path / "w.pth").write_bytes(_legacy(_claims()))
+    assert read_tensors(tmp_path / "w.pth")["w"].tolist() == [[0, 1], [2, 3]]
+
+
+# The last storage of the genuine file: eight bytes that count six elements, then the elements.
+_LAST = len(CONTENT) - 12 - 8
+_BEGIN = LEGACY_MAGIC + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        *((CONTENT[:cut], "before 2020.*cut|protocols") for cut in (len(LEGACY_MAGIC), 18, 100, 400)),
+        *((CONTENT[:-cut], "should have 6 elements of 2 bytes; the file says 6 and ends") for cut in (1, 12)),
+        (CONTENT[:-20], "ends before storage"),
+        (CONTENT + b"\0", "1 bytes follow"),
+        (CONTENT[:_LAST] + struct.pack("<q", 5) + CONTENT[_LAST + 8 :], "6 elements of 2 bytes; the file says 5"),
+        (_BEGIN + pickle.dumps({"step": 3}, 2) + pickle.dumps([], 2), "no table.*'step' is a int"),
+        (_BEGIN + pickle.dumps({}, 2) + pickle.dumps(["1"], 2), "not those it lists"),
+        (_BEGIN + pickle.dumps({}, 2) + pickle.dumps([1], 2), "not those it lists"),
+        (_legacy(_claims(), keys=("0", "0")), "not those it lists"),
+        (_legacy(_claims(elements=1 << 70)), "should have a number of 71|should have 1180591620717411303424"),
+        (_legacy(_claims("torch\nUntypedStorage", dtype="uint8")), "12 bytes follow its last storage"),
+        (_legacy(_claims(), version=pickle.dumps(1002, 2)), "version is 1002, expected 1001"),
+    ],
+)
+def test_damaged_files_of_the_older_layout_are_refused(tmp_path, content, match):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        read_tensors(tmp_path / "w.pth")
+
+
+_DEEP = b"]" * 1500 + b"a" * 1499
+_LAUGHS = b")" + b"2\x86" * 300  # a tuple of two, of two, of two …: small, until someone looks at all of it
+_LONG = b"X" + struct.pack("<I", 1 << 18) + b"k" * (1 << 18)
+
+
+def _nested(count: int) -> bytes:
+    """Tables under one long key, `count` times."""
+    tables = b"".join(b"\x8c\x05%05x}h\x01}h\x01}X\x01\x00\x00\x00wh\x02sss" % n for n in range(count))
+    return _LONG + b"q\x010" + tensor_code(FLOAT, "0", 4, 0, (4,), (1,)) + b"q\x020}(" + tables + b"u"
+
+
+def _same_hash(count: int) -> bytes:
+    """A dictionary of tuples that all hash alike: -1 and -2 have one hash."""
+    ones, twos = b"J\xff\xff\xff\xff", b"J\xfe\xff\xff\xff"
+    keys = (b"".join(twos if number >> bit & 1 else ones for bit in range(15)) for number in range(count))
+    return b"}(" + b"".join(b"(" + key + b"tN" for key in keys) + b"u"
+
+
+_NUMPY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+_DOUBLE = b"cnumpy\ndtype\nX\x02\x00\x00\x00f8K\x00K\x01\x87R"
+_ENCODE = b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R0"
+
+
+def _array_state(shape: bytes, data: bytes = b"C\x08" + bytes(8), element: bytes = _DOUBLE) -> bytes:
+    return b"}X\x02\x00\x00\x00mu" + _NUMPY + b"(K\x01" + shape + element + b"\x89" + data + b"tbs"
+
+
+BOMBS = {
+    "deep nesting": _DEEP,
+    "laughs": _LAUGHS,
+    "laughs as a key": b"}" + _LAUGHS + b"Ns",
+    "laughs as a name": _LAUGHS + b"2\x93",
+    "laughs as a persistent id": _LAUGHS + b"Q",
+    "laughs as arguments": b"ctorch\ndevice\n" + _LAUGHS + b"R",
+    "laughs as a size": b"ctorch\nSize\n" + _LAUGHS + b"\x85R",
+    "laughs as an element type": b"cnumpy\ndtype\n" + _LAUGHS + b"\x85R",
+    "laughs as the order of an element type": _DOUBLE + b"K\x03" + _LAUGHS + b"\x86b",
+    "laughs as the shape of an array": _array_state(_LAUGHS),
+    "laughs as the state of an array": _NUMPY + _LAUGHS + b"b",
+    "laughs as elements of a storage": encode(("storage", _NAMED, "0", "cpu", Raw(_LAUGHS)), {}) + b"Q",
+    "an array in a shape of endless size": _array_state(b"K\x00" + encode(1 << 100, {}) + b"\x86", b"C\x00"),
+    "an array of a shape that lies": _array_state(b"M\xff\xff\x85"),
+    "an array of part of a number": _array_state(b"K\x01\x85", b"C\x07" + bytes(7)),
+    "an array filled with itself": _NUMPY + b"2b",
+    "one text made bytes again and again": _LONG + b"q\x010" + _ENCODE * 200 + b"}",
+    "one long key in many tables": _nested(100),
+    "keys that hash alike": _same_hash(100),
+    "marks": b"(" * 1500,
+    "one memo entry after another": b"]" + b"".join(b"r" + struct.pack("<I", n * 7_777_777) for n in range(500)),
+    "frame of the longest": b"\x95" + b"\xff" * 8 + b"}" * 2,
+    "frames": b"\x95" + b"\xff" * 7 + b"\x7f" + b"\x95" + bytes(8) + b"}" * 2,
+    "text of exabytes": b"\x8d" + b"\xff" * 7 + b"\x7f",
+    "bytes of exabytes": b"\x8e" + b"\xff" * 7 + b"\x7f",
+    "array of exabytes": b"\x96" + b"\xff" * 7 + b"\x7f",
+    "number of gigabytes": b"\x8b\xff\xff\xff\x7f",
+    **{f"extension {code!r}": code + b"\x01\x00\x00\x00" for code in (b"\x82", b"\x83", b"\x84")},
+}
+
+
+@pytest.mark.parametrize("layout", ["archive", "older", "older, as its version", "older, as its system"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_stay_small(tmp_path, audited, name, layout):
+    """Whatever a pickle says, reading it takes seconds, and memory in proportion to the file."""
+    path, program = tmp_path / "w.pth", b"\x80\x04" + BOMBS[name] + b"."
+    if layout == "archive":
+        write_archive(path, program, {"0": FOUR})
+    elif layout == "older":
+        path.write_bytes(_legacy(program))
+    elif layout == "older, as its version":
+        path.write_bytes(_legacy(_claims(), version=program))
+    else:
+        path.write_bytes(LEGACY_MAGIC + pickle.dumps(1001, 2) + program + b"\x80\x02}.")
+    tracemalloc.start()
+    audited.clear()
+    started = time.monotonic()
+    try:
+        for is_numpy_allowed in (False, True):
+            with pytest.raises(DataError) as caught:
+                read_tensors(path, is_numpy_allowed=is_numpy_allowed)
+            assert len(str(caught.value)) < 1200
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert not audited, audited
+    assert time.monotonic() - started < 20
+    assert peak < 120 * path.stat().st_size + (1 << 20), (peak, path.stat().st_size)
+
+
+def test_many_tensors_on_one_storage_of_the_other_byte_order_take_its_size_once(tmp_path):
+    data = np.arange(1 << 18, dtype=np.float32)
+    tree = {str(index): View(data, (1 << 18,), (1,)) for index in range(50)}
+    path = save(tmp_path / "w.pth", tree, big_endian=True)
+    tracemalloc.start()
+    found = read_tensors(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * data.nbytes and all(array.tobytes() == data.tobytes() for array in found.values())
+    assert not found["0"].flags.writeable
+
+
 def _archive(*entries: Entry, **claims: int) -> bytes:
     return zip_bytes(list(entries), claims=claims)
 
@@ -455,7 +615,7 @@ HOSTILE_FILES = {
     "directory larger than the file": (_archive(_PICKLE, _STORAGE, size=1 << 31), "directory claims"),
     "zip64 record beyond the file": (_with_zip64(1 << 60), "zip64"),
     "zip64 record that is none": (_with_zip64(0), "zip64"),
-    "zip64 size without its field": (_archive(_PICKLE, _other(_STORAGE, size=0xFFFFFFFF)), "zip64 field"),
+    "zip64 size without its field": (_archive(_PICKLE, _other(_STORAGE, size=0xFFFFFFFF)), "runs into"),
     "bytes after the end": (_SOUND + b"more", "follow the end"),
     "bit flipped in a storage": (_SOUND.replace(FOUR, FOUR[:5] + b"\x01" + FOUR[6:]), "CRC-32"),
     "bit flipped in the pickle": (_SOUND.replace(b"cpu", b"gpu"), "CRC-32"),
@@ -464,26 +624,39 @@ HOSTILE_FILES = {
     "only an end": (_SOUND[:4] + _SOUND[-22:], "directory claims"),
     # safetensors
     "header longer than the file": (_safetensors({"w": _record()}, bytes(8), length=1 << 40), "neither|header claims"),
-    "header of a gigabyte": (_safetensors(b"{" + b" " * 64, length=50), "header is not JSON"),
-    "header that is no JSON": (_safetensors(b"{]", bytes(8)), "not JSON"),
-    "header of NaN": (_safetensors(b'{"w": NaN}', bytes(8)), "holds NaN"),
-    "header as deep as it is long": (_safetensors(b'{"a":' * 50_000, bytes(8)), "not JSON"),
-    "the same name twice": (_safetensors(b'{"w": {}, "w": {}}', bytes(8)), "twice"),
-    "array that is no record": (_safetensors({"w": [1]}, bytes(8)), "does not have just"),
+    "header of a gigabyte": (_safetensors(b"{" + b" " * 64, length=50), "invalid JSON in header: EOF"),
+    "header that is no JSON": (_safetensors(b"{]", bytes(8)), "invalid JSON"),
+    "header of NaN": (_safetensors(b'{"w": NaN}', bytes(8)), "invalid JSON.*expected value"),
+    "header as deep as it is long": (_safetensors(b'{"a":' * 50_000, bytes(8)), "recursion limit"),
+    "the same name twice, empty": (_safetensors(b'{"w": {}, "w": {}}', bytes(8)), "missing field"),
+    "the same name twice": (
+        _safetensors(b'{"w": %b, "w": %b}' % ((json.dumps(_record()).encode(),) * 2), bytes(8)),
+        "twice",
+    ),
+    "array that is no record": (_safetensors({"w": [1]}, bytes(8)), "invalid type: integer"),
     "array with more keys": (_safetensors({"w": _record() | {"code": "x"}}, bytes(8)), "does not have just"),
-    "unknown dtype": (_safetensors({"w": _record(dtype="F4")}, bytes(8)), "dtype 'F4'"),
-    "dtype that is no text": (_safetensors({"w": _record(dtype=[1])}, bytes(8)), "dtype"),
-    "arrays that overlap": (_safetensors({"v": _record(0, 8), "w": _record(4, 12)}, bytes(12)), "begins at byte 4"),
-    "hole between arrays": (_safetensors({"v": _record(0, 8), "w": _record(12, 20)}, bytes(20)), "begins at byte 12"),
-    "bytes after the arrays": (_safetensors({"w": _record()}, bytes(9)), "follow the header"),
-    "arrays beyond the file": (_safetensors({"w": _record()}, bytes(7)), "follow the header"),
-    "offsets backwards": (_safetensors({"w": _record(8, 0)}, bytes(8)), "span -8"),
-    "shape that lies": (_safetensors({"w": _record(shape=(3,))}, bytes(8)), "takes 12 bytes"),
-    "shape below zero": (_safetensors({"w": _record(shape=(-1, -2))}, bytes(8)), "at least 0"),
-    "shape of truth": (_safetensors({"w": _record(shape=(True, 2))}, bytes(8)), "at least 0"),
-    "shape beyond 64 bits": (_safetensors({"w": _record(shape=(1 << 40, 1 << 40))}, bytes(8)), "too large"),
-    "offset of floats": (_safetensors({"w": _record(0, 8.0)}, bytes(8)), "at least 0"),
-    "three offsets": (_safetensors({"w": _record() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "too many"),
+    "unknown dtype": (_safetensors({"w": _record(dtype="F4")}, bytes(8)), "data type"),
+    "dtype that is no text": (_safetensors({"w": _record(dtype=[1])}, bytes(8)), "invalid type: sequence"),
+    "arrays that overlap": (
+        _safetensors({"v": _record(0, 8), "w": _record(4, 12)}, bytes(12)),
+        "invalid offset for tensor `w`",
+    ),
+    "hole between arrays": (
+        _safetensors({"v": _record(0, 8), "w": _record(12, 20)}, bytes(20)),
+        "invalid offset for tensor `w`",
+    ),
+    "bytes after the arrays": (_safetensors({"w": _record()}, bytes(9)), "not fully covered"),
+    "arrays beyond the file": (_safetensors({"w": _record()}, bytes(7)), "not fully covered"),
+    "offsets backwards": (_safetensors({"w": _record(8, 0)}, bytes(8)), "invalid offset for tensor `w`"),
+    "shape that lies": (_safetensors({"w": _record(shape=(3,))}, bytes(8)), "invalid shape"),
+    "shape below zero": (_safetensors({"w": _record(shape=(-1, -2))}, bytes(8)), "integer `-1`"),
+    "shape of truth": (_safetensors({"w": _record(shape=(True, 2))}, bytes(8)), "boolean `true`"),
+    "shape beyond 64 bits": (_safetensors({"w": _record(shape=(1 << 40, 1 << 40))}, bytes(8)), "overflow"),
+    "offset of floats": (_safetensors({"w": _record(0, 8.0)}, bytes(8)), "floating point `8.0`"),
+    "three offsets": (_safetensors({"w": _record() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "invalid length 3"),
+    "elements that numpy lacks": (_safetensors({"w": _record(0, 1, (2,), "F4")}, bytes(1)), "known dtype.*F4"),
+    "a hundred axes of one": (_safetensors({"w": _record(shape=(2,) + (1,) * 99)}, bytes(8)), "up to 64 axes"),
+    "no elements of endless size": (_safetensors({"w": _record(0, 0, (0, 1 << 40, 1 << 21))}), "too large"),
     "header that is a list": (_safetensors(b"[{}]", bytes(8)), "neither"),
 }
 
@@ -517,7 +690,7 @@ def test_refusing_takes_no_memory(tmp_path):
 def test_the_number_of_instructions_and_the_size_of_a_pickle_are_limited(tmp_path, monkeypatch):
     program = b"\x80\x02" + b"N0" * 600 + b"}."
     for limit, match in (("MAXIMUM_INSTRUCTIONS", "more than 1000 instructions"), ("MAXIMUM_BYTES", "at most 1000")):
-        monkeypatch.setattr(torch_unpickler, limit, 1000)
+        monkeypatch.setattr(torch_pickle, limit, 1000)
         with pytest.raises(DataError, match=match):
             read_tensors(write_archive(tmp_path / "w.pth", program))
 
