@@ -6,7 +6,6 @@ distinct when blurred; how much varies besides the class is `ShapesConfig`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -120,11 +119,6 @@ class ShapesSource:
 
     def __len__(self) -> int:
         return self._count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": uint8 [px,px,3], "label", "index"} of one image."""
-        row = self.batch(np.array([index]), np.array([False]))
-        return {"image": row["image"][0], "label": int(row["label"][0]), "index": index}
 
     def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""

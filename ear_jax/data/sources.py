@@ -8,7 +8,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -120,10 +120,6 @@ class SplitSource(Source, Protocol):
     notes: tuple[str, ...]
     quarantine: Quarantine
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": uint8 [px,px,3], "label", "index"} of one image."""
-        ...
-
 
 @runtime_checkable
 class EncodedSource(Protocol):
@@ -172,8 +168,7 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": uint8 [px,px,3], "label", "index"} of one image; negative indices are refused."""
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         for offset in range(len(self)):
@@ -188,7 +183,7 @@ class ImageSource:
                 self._bad.add(candidate)
                 self.quarantine.add(self._encoded.name(candidate), str(fault))
                 continue
-            return {"image": image, "label": label, "index": index}
+            return image, label
         raise DataError(f"none of the {len(self)} images can be read; see the quarantine list")
 
     def name(self, index: int) -> str:
@@ -203,11 +198,10 @@ class ImageSource:
         if self._cache is not None and known.any():
             images[known] = self._cache[indices[known]]
         for row in np.flatnonzero(~known):
-            item = self[int(indices[row])]
-            images[row], labels[row] = item["image"], item["label"]
+            images[row], labels[row] = self._read(int(indices[row]))
             if self._cache is not None:
-                self._cache[indices[row]] = item["image"]
-                self._cached_labels[indices[row]] = item["label"]  # last: another thread may be reading
+                self._cache[indices[row]] = images[row]
+                self._cached_labels[indices[row]] = labels[row]  # last: another thread may be reading
         return {"image": flip_where(images, flips), "label": labels, "index": np.asarray(indices, np.int64)}
 
 
@@ -228,10 +222,6 @@ class ArraySource:
 
     def __len__(self) -> int:
         return len(self._images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": uint8 [px,px,3], "label", "index"} of one image."""
-        return {"image": self._images[index], "label": int(self._labels[index]), "index": index}
 
     def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
         """Return {"image": uint8 [B,px,px,3], "label": int32 [B], "index": int64 [B]}."""

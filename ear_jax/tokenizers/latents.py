@@ -97,7 +97,8 @@ def sample_gaussian(
     rng: jax.Array, mean: Float[Array, "*shape"], logvar: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Draw from a diagonal Gaussian given its mean and log-variance."""
-    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, mean.dtype)
+    noise = jax.random.normal(rng, mean.shape, mean.dtype)
+    return mean + jnp.exp(0.5 * logvar) * noise
 
 
 def split_moments(

@@ -192,7 +192,8 @@ def test_shapes_through_the_loader_outrun_a_small_model(load):
 def test_opening_data_imports_neither_jax_nor_tensorflow():
     code = (
         "import sys; from ear_jax.config.schema import DataConfig; from ear_jax.data import open, loader, folder, "
-        "latents, tfds, prepare; open.open_split(DataConfig(), 'train', seed=0)[0]; "
+        "latents, tfds, prepare; source = open.open_split(DataConfig(), 'train', seed=0); "
+        "next(loader.eval_batches(source, 1)); "
         "assert not {'jax', 'tensorflow', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
