@@ -13,60 +13,57 @@ from collections.abc import Callable, Iterator
 EXIT_STATUS = 77
 LEAST_S = 60.0
 STEPS_FACTOR = 10.0
+GRACE_S = 5.0
+_STDERR = 2
 
 
 class Watchdog:
-    """Prints every thread's stack and exits 77 when the loop has not beaten for too long.
+    """Prints every thread's stack and ends the process when the loop has not beaten for too long.
 
     Too long is the larger of `least_s` and ten times the median interval between beats. Work that is known to take
     longer (compiling, saving, evaluating) goes into a `section` with a limit of its own. Idle until the first beat.
+
+    The exit status is 77, after a line that names what was being done. Where that line cannot be printed, because
+    native code hangs with Python's lock in its hand, `faulthandler` prints the stacks `GRACE_S` later and exits with 1.
     """
 
     def __init__(self, *, least_s: float = LEAST_S, leave: Callable[[int], None] = os._exit) -> None:
         """Start the watching thread; `leave` ends the process."""
-        self._least_s = least_s
-        self._leave = leave
+        self._least_s, self._leave = least_s, leave
         self._intervals: deque[float] = deque(maxlen=101)
         self._last_beat: float | None = None
-        self._deadline: float | None = None
-        self._doing = ""
-        self._changed = threading.Condition()
-        self._closed = False
+        self._armed: tuple[float, str] | None = None
+        self._native_deadline = 0.0
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self, doing: str = "a training step") -> None:
         """Say that the loop is alive and about to do `doing`."""
         now = time.monotonic()
-        with self._changed:
-            if self._last_beat is not None:
-                self._intervals.append(now - self._last_beat)
-            self._last_beat = now
-            usual = statistics.median(self._intervals) if self._intervals else 0.0
-            self._arm(now + max(self._least_s, STEPS_FACTOR * usual), doing)
+        if self._last_beat is not None:
+            self._intervals.append(now - self._last_beat)
+        self._last_beat = now
+        usual = statistics.median(self._intervals) if self._intervals else 0.0
+        self._arm((now + max(self._least_s, STEPS_FACTOR * usual), doing))
 
     @contextlib.contextmanager
     def section(self, doing: str, limit_s: float) -> Iterator[None]:
         """Give the block `limit_s` seconds; its time does not count as an interval between beats."""
-        with self._changed:
-            before = (self._deadline, self._doing)
-            started = time.monotonic()
-            self._arm(started + limit_s, doing)
+        before, started = self._armed, time.monotonic()
+        self._arm((started + limit_s, doing))
         try:
             yield
         finally:
-            with self._changed:
-                spent = time.monotonic() - started
-                if self._last_beat is not None:
-                    self._last_beat += spent
-                deadline, doing_before = before
-                self._arm(None if deadline is None else deadline + spent, doing_before)
+            spent = time.monotonic() - started
+            if self._last_beat is not None:
+                self._last_beat += spent
+            self._arm(None if before is None else (before[0] + spent, before[1]))
 
     def close(self) -> None:
         """Stop watching."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._arm(None)
+        self._closed.set()
         self._thread.join()
 
     def __enter__(self) -> "Watchdog":
@@ -75,21 +72,24 @@ class Watchdog:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _arm(self, deadline: float | None, doing: str) -> None:
-        self._deadline, self._doing = deadline, doing
-        self._changed.notify()
+    def _arm(self, armed: tuple[float, str] | None) -> None:
+        self._armed = armed
+        if armed is None:
+            faulthandler.cancel_dump_traceback_later()
+            self._native_deadline = 0.0
+        # Arming starts a thread, too dear for every short step: within the grace, the earlier deadline still serves.
+        elif not 0 <= armed[0] + GRACE_S - self._native_deadline < GRACE_S / 2:
+            self._native_deadline = armed[0] + GRACE_S
+            left = max(self._native_deadline - time.monotonic(), GRACE_S)
+            faulthandler.dump_traceback_later(left, exit=True, file=_STDERR)
 
     def _watch(self) -> None:
-        with self._changed:
-            while not self._closed:
-                left = None if self._deadline is None else self._deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    break
-                self._changed.wait(left)
-            if self._closed:
-                return
-            doing = self._doing
-        print(f"FATAL: stuck in {doing}; the stacks of all threads follow", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-        self._leave(EXIT_STATUS)
+        while not self._closed.wait(min(1.0, self._least_s / 4)):
+            armed = self._armed
+            if armed is None or time.monotonic() < armed[0]:
+                continue
+            print(f"FATAL: stuck in {armed[1]}; the stacks of all threads follow", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):
+                faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+            self._leave(EXIT_STATUS)
+            return

@@ -1,10 +1,12 @@
 """One run at a time in a folder.
 
-The kernel's file lock decides: it ends with the process that holds it, however that dies. Where hosts share a file
-system that does not share locks, a heartbeat decides: an owner on another host whose record still changes is alive.
+The kernel's file lock decides (`filelock`): it ends with the process that holds it, however that dies. Where hosts
+share a file system that does not share locks, a heartbeat decides: an owner on another host whose record still changes
+is alive. The record lies beside the lock, in `run.owner`.
 """
 
-import fcntl
+import contextlib
+import errno
 import json
 import os
 import socket
@@ -13,82 +15,87 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from ear_jax.errors import ConfigError, StorageError
 
 BEAT_S = 5.0
 SILENCE_S = 20.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """An exclusive claim on a folder, held by a file that names its owner."""
+    """An exclusive claim on a folder, with a record of its owner."""
 
     def __init__(self, path: Path, *, beat_s: float = BEAT_S, silence_s: float = SILENCE_S) -> None:
         """Name the lock file; nothing is touched yet."""
-        self.path = path
-        self._beat_s = beat_s
-        self._silence_s = silence_s
-        self._file: int | None = None
+        self.path, self.owner_path = path, path.with_suffix(".owner")
+        self._beat_s, self._silence_s = beat_s, silence_s
+        # A soft lock outlives a process that is killed on another host, so a file system without locks gets none.
+        self._lock = filelock.UnixFileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+        self._owner: dict[str, Any] = {}
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
     def acquire(self, run_id: str) -> list[str]:
         """Take the lock and return lines for the user; raises ConfigError naming the owner, or StorageError.
 
-        Returns at once, except after an unclean end on another host: then the heartbeat is watched for a while.
+        Returns at once, except after an unclean end on another host or without locks: then the heartbeat is watched for
+        a while.
         """
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            has_locks = self._acquire_lock()
+            last = _read(self.owner_path)
+            is_here = last.get("host") == socket.gethostname()
+            if last and not (has_locks and is_here) and self._is_beating(last):
+                raise self._refusal(last)
+            self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id}
+            self._write(0)
         except OSError as error:
+            self._lock.release()
             raise StorageError(
-                f"Cannot open the lock {self.path}: {error.strerror}. Use a writable workdir."
+                f"Cannot lock {self.path}: {error.strerror or error}. Use a writable workdir."
             ) from error
-        try:
-            notes = self._take(file)
         except BaseException:
-            os.close(file)
+            self._lock.release()
             raise
-        self._file = file
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id}
         self._stop.clear()
-        self._write(0)
         self._beating = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._beating.start()
-        return notes
+        return (
+            [f"the last run here ({_name(last)}) ended without letting go of the folder; taking over"] if last else []
+        )
 
     def release(self) -> None:
         """Give the lock back; does nothing when it is not held."""
-        if self._file is None:
+        if self._beating is None:
             return
         self._stop.set()
-        if self._beating is not None:
-            self._beating.join()
+        self._beating.join()
+        self._beating = None
         try:
-            os.ftruncate(self._file, 0)
+            self.owner_path.unlink(missing_ok=True)
         finally:
-            os.close(self._file)
-            self._file = None
+            self._lock.release()
 
-    def _take(self, file: int) -> list[str]:
+    def _acquire_lock(self) -> bool:
+        """Take the kernel's lock and return True; False where the file system has none."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._refusal(_read(self.path)) from None
-        except OSError:
-            # The file system has no locks: the heartbeat alone must do.
-            pass
-        owner = _read(self.path)
-        if not owner:
-            return []
-        if owner.get("host") != socket.gethostname() and self._is_beating(owner):
-            raise self._refusal(owner)
-        return [f"the last run here ({_name(owner)}) ended without letting go of the folder; taking over"]
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise self._refusal(_read(self.owner_path)) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
+        return True
 
     def _is_beating(self, owner: dict[str, Any]) -> bool:
         # The clocks of two hosts need not agree, so the record is watched for a change instead of being dated.
         deadline = time.monotonic() + self._silence_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._beat_s))
-            if _read(self.path) != owner:
+            if _read(self.owner_path) != owner:
                 return True
         return False
 
@@ -102,21 +109,20 @@ class RunLock:
         count = 0
         while not self._stop.wait(self._beat_s):
             count += 1
-            try:
+            # A full disk is the business of what needs the space; the kernel's lock still holds.
+            with contextlib.suppress(OSError):
                 self._write(count)
-            except OSError:
-                # A full disk is the business of what needs the space; the kernel's lock still holds.
-                continue
 
     def _write(self, beat: int) -> None:
-        assert self._file is not None
-        text = json.dumps({**self._owner, "beat": beat}).encode()
-        os.pwrite(self._file, text.ljust(256) + b"\n", 0)
+        # In one piece, but not synced: a beat that is lost with the machine is no loss.
+        fresh = self.owner_path.with_suffix(f".owner.{os.getpid()}")
+        fresh.write_text(json.dumps({**self._owner, "beat": beat}))
+        fresh.replace(self.owner_path)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes() or b"{}")
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,6 +1,6 @@
 """The folder of one run: where things lie, whether it can be written, and which stages are complete.
 
-WORKDIR/ config.json  ledger.jsonl  tensorboard/  run.lock
+WORKDIR/ config.json  ledger.jsonl  tensorboard/  run.lock  run.owner
          tokenizer/{checkpoints,model,complete.json}  latents/  generator/{checkpoints,model,complete.json}
          samples/  evaluation.json
 """

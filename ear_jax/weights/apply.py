@@ -63,18 +63,6 @@ class Moved(Mapping[str, np.ndarray]):
         return array if array.dtype == dtype else array.astype(dtype)
 
 
-def to_ours(
-    theirs: Mapping[str, np.ndarray], entries: Sequence[Entry], expected: Shapes, *, where: str = "the file"
-) -> dict[str, np.ndarray]:
-    """Return our arrays for foreign ones, all at once; see `ours_of`."""
-    return dict(ours_of(theirs, entries, expected, where=where))
-
-
-def to_theirs(ours: Mapping[str, np.ndarray], entries: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Return the foreign arrays, constants included, all at once; see `theirs_of`."""
-    return dict(theirs_of(ours, entries))
-
-
 def ours_of(
     theirs: Mapping[str, np.ndarray], entries: Sequence[Entry], expected: Shapes, *, where: str = "the file"
 ) -> Moved:

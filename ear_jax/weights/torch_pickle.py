@@ -323,6 +323,9 @@ class _Unpickler(pickle._Unpickler):
             raise Unreadable("its pickle leaves values or instructions over")
         self.load_stop()
 
+    def _skip_protocol(self) -> None:
+        self.read(1)
+
     def _skip_frame(self) -> None:
         self.read(8)
 
@@ -401,7 +404,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 _TAKEN_OVER = (
-    *("PROTO", "MARK", "POP", "POP_MARK", "DUP", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
+    *("MARK", "POP", "POP_MARK", "DUP", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "GLOBAL", "BINPERSID"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"),
@@ -409,6 +412,7 @@ _TAKEN_OVER = (
 _HANDLERS: dict[int, Any] = {
     **{code: pickle._Unpickler.dispatch[code] for name in _TAKEN_OVER for code in getattr(pickle, name)},
     pickle.STOP[0]: _Unpickler._stop,
+    pickle.PROTO[0]: _Unpickler._skip_protocol,
     pickle.FRAME[0]: _Unpickler._skip_frame,
     pickle.STACK_GLOBAL[0]: _Unpickler._stack_global,
     pickle.REDUCE[0]: _Unpickler._call,

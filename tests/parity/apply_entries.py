@@ -14,9 +14,9 @@ def to_ours(
 ) -> dict[str, np.ndarray]:
     """Return the module's arrays; missing, unexpected and mis-shaped ones are refused."""
     expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in shapes.items()}
-    return apply.to_ours(theirs, entries, expected)
+    return dict(apply.ours_of(theirs, entries, expected))
 
 
 def to_theirs(entries: Sequence[Entry], ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the foreign arrays, constants included."""
-    return apply.to_theirs(ours, entries)
+    return dict(apply.theirs_of(ours, entries))

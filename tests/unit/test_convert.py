@@ -23,7 +23,7 @@ from ear_jax.inference import pipeline
 from ear_jax.main import main
 from ear_jax.nn.functional import functional
 from ear_jax.weights import safetensors_file
-from ear_jax.weights.apply import ours_of, theirs_of, to_ours, to_theirs
+from ear_jax.weights.apply import ours_of, theirs_of
 from ear_jax.weights.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
 from ear_jax.weights.families import registry
 from ear_jax.weights.tensor_file import read_tensors
@@ -100,7 +100,7 @@ def published(family: str, seed: int = 0) -> Published:
     for entry in entries:
         if not entry.theirs:  # what the format takes for granted
             ours |= dict(zip(entry.ours, entry.to_ours([]), strict=True))
-    theirs = to_theirs(ours, entries)
+    theirs = dict(theirs_of(ours, entries))
     if family == "hart":
         return Published(theirs, {})
     generator = build.abstract_generator(config, tokenizer.spec, CLASSES)
@@ -110,7 +110,7 @@ def published(family: str, seed: int = 0) -> Published:
 def _generator_file(config: Config, ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a generator's file holds of our arrays: not the quantiser, which is in its tokenizer's."""
     own = {name: array for name, array in ours.items() if not name.startswith("quantiser/")}
-    return to_theirs(own, registry.generator_entries(config))
+    return dict(theirs_of(own, registry.generator_entries(config)))
 
 
 def _write_config(path: Path, family: str) -> str:
@@ -344,25 +344,25 @@ _EXPECTED = {
 
 def _theirs() -> dict[str, np.ndarray]:
     ours = _random({name: _EXPECTED[name] for name in _EXPECTED if name != "scale"})
-    return to_theirs(ours | {"scale": np.full(2, 3.0, np.float32)}, _fake())
+    return dict(theirs_of(ours | {"scale": np.full(2, 3.0, np.float32)}, _fake()))
 
 
 def test_a_round_trip_is_exact_and_constants_are_made_again():
     theirs = _theirs()
-    ours = to_ours(theirs, _fake(), _EXPECTED)
+    ours = dict(ours_of(theirs, _fake(), _EXPECTED))
     assert {name: (array.shape, array.dtype) for name, array in ours.items()} == _EXPECTED
     assert (ours["layers/kernel"][1] == theirs["layer.1.weight"].T).all()
     assert ours["conv/kernel"][2, 1, 0, 6] == theirs["conv.weight"][6, 0, 2, 1]
-    again = to_theirs(ours, _fake())
+    again = dict(theirs_of(ours, _fake()))
     assert again.keys() == theirs.keys() and all(again[name].tobytes() == theirs[name].tobytes() for name in theirs)
     del theirs["mask"]
-    assert to_ours(theirs, _fake(), _EXPECTED).keys() == ours.keys()
+    assert dict(ours_of(theirs, _fake(), _EXPECTED)).keys() == ours.keys()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_precisions_become_float32(dtype):
     theirs = {name: array.astype(dtype) if array.dtype == FLOAT else array for name, array in _theirs().items()}
-    ours = to_ours(theirs, _fake(), _EXPECTED)
+    ours = dict(ours_of(theirs, _fake(), _EXPECTED))
     assert ours["layers/kernel"].dtype == FLOAT
     assert (ours["layers/kernel"][2] == theirs["layer.2.weight"].astype(np.float32).T).all()
 
@@ -391,7 +391,7 @@ def test_entries_that_do_not_make_the_model_are_a_programming_error():
 
 
 def test_what_the_published_format_cannot_say_is_not_written_silently():
-    ours = to_ours(_theirs(), _fake(), _EXPECTED)
+    ours = dict(ours_of(_theirs(), _fake(), _EXPECTED))
     with pytest.raises(ConfigError, match="no place for 1 arrays of this model: scale"):
         theirs_of(ours | {"scale": np.full(2, 3.5, np.float32)}, _fake())
     with pytest.raises(ConfigError, match="no place for 1 arrays of this model: more"):

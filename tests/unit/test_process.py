@@ -73,6 +73,19 @@ def test_watchdog_ends_a_stuck_loop_with_stacks(capfd):
     assert "stuck in step 7" in capfd.readouterr().err
 
 
+def test_watchdog_ends_native_code_that_holds_pythons_lock():
+    code = textwrap.dedent("""
+        import ctypes
+        from ear_jax.distributed import watchdog
+        watchdog.GRACE_S = 0.5
+        watchdog.Watchdog(least_s=0.1).beat("step 7")
+        ctypes.PyDLL(None).sleep(30)
+    """)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr and 'File "<string>", line 6' in ended.stderr
+
+
 def test_watchdog_leaves_live_loops_and_long_sections_alone():
     statuses = []
     with Watchdog(least_s=1.0, leave=statuses.append) as watchdog:

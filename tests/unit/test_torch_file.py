@@ -269,6 +269,7 @@ HOSTILE_PICKLES = {
     # the machine
     "protocol 6": (b"\x80\x06N.", "protocols 2 to 5"),
     "protocol 0": (b"(dp0\n.", "protocols"),
+    "protocol 113 on the way": (b"\x80\x02\x80\x71}.", "no table"),
     "no STOP": (b"\x80\x02}", "cut"),
     "STOP twice": (b"\x80\x02}.}.", "over"),
     "stack left over": (b"\x80\x02}}.", "over"),

@@ -1,5 +1,7 @@
 """Run folders: one run at a time, faults of the folder said at once, records that survive a kill."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -60,7 +62,7 @@ def foreign_record(path, beat: int) -> None:
 
 
 def test_a_beating_owner_on_another_host_is_respected(tmp_path):
-    path = tmp_path / "run.lock"
+    path = tmp_path / "run.owner"
     foreign_record(path, 0)
     over = threading.Event()
 
@@ -74,24 +76,38 @@ def test_a_beating_owner_on_another_host_is_respected(tmp_path):
     beating.start()
     try:
         with pytest.raises(ConfigError, match="elsewhere"):
-            RunLock(path, beat_s=0.05, silence_s=5).acquire("mine")
+            RunLock(tmp_path / "run.lock", beat_s=0.05, silence_s=5).acquire("mine")
     finally:
         over.set()
         beating.join()
 
 
 def test_a_silent_owner_on_another_host_is_taken_over(tmp_path):
-    foreign_record(tmp_path / "run.lock", 3)
+    foreign_record(tmp_path / "run.owner", 3)
     lock = RunLock(tmp_path / "run.lock", beat_s=0.02, silence_s=0.1)
     assert "elsewhere" in lock.acquire("mine")[0]
-    first = json.loads((tmp_path / "run.lock").read_text())
+    first = json.loads((tmp_path / "run.owner").read_text())
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and json.loads((tmp_path / "run.lock").read_text()) == first:
+    while time.monotonic() < deadline and json.loads((tmp_path / "run.owner").read_text()) == first:
         time.sleep(0.02)
-    second = json.loads((tmp_path / "run.lock").read_text())
+    second = json.loads((tmp_path / "run.owner").read_text())
     assert second["run_id"] == "mine" and second["beat"] > first["beat"]
     lock.release()
     lock.release()
+
+
+def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = (RunLock(tmp_path / "run.lock", beat_s=0.05, silence_s=1) for _ in range(2))
+    assert first.acquire("mine") == []
+    with pytest.raises(ConfigError, match=f"process {os.getpid()}, run mine"):
+        second.acquire("other")
+    first.release()
+    assert second.acquire("other") == []
+    second.release()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
