@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny import differing, one_device_mesh, quick_compilation, stage_run, tiny_config, to_numpy
+from tiny import SMALLEST, differing, one_device_mesh, quick_compilation, stage_run, tiny_config, to_numpy
 
 from ear_jax.distributed.mesh import make_mesh, put_batch, replicated
 from ear_jax.training.optim import make_optimizer
@@ -61,7 +61,7 @@ def stage_of(name: str, folder: Path) -> Stage:
     L1 takes one sign or the other for all of them at once, on any number of devices.
     """
     settings = {f"{name}_training__batch_size": 16, f"{name}_training__warmup_steps": 0}
-    config = tiny_config(**settings, tokenizer__hybrid_start_steps=1, data__shapes__use_gradient=True)
+    config = tiny_config(**SMALLEST, **settings, tokenizer__hybrid_start_steps=1, data__shapes__use_gradient=True)
     folder.mkdir()
     run = stage_run(name, config, folder, one_device_mesh())
     optimizer = make_optimizer(run.recipe)

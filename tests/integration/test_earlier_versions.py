@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file
-from tiny import one_device_mesh
+from tiny import SMALLEST_ARGUMENTS, one_device_mesh, quick_compilation
 
 import ear_jax
 from ear_jax.main import main
@@ -20,11 +20,7 @@ from ear_jax.stages import session
 
 RECIPE = (
     f"--config={tiny.__file__}",
-    "--config.data.image_px=8",
-    "--config.tokenizer.vae.wavelet_levels=1",
-    "--config.tokenizer.vae.decoder_multipliers=(1)",
-    "--config.tokenizer.fine.multipliers=(1)",
-    "--config.generator.backbone.depth=1",
+    *SMALLEST_ARGUMENTS,
     "--config.generator_training.checkpoint_every_steps=4",
     "--config.tokenizer_training.keep_checkpoints=1",
     "--config.run.program_cache=off",
@@ -48,7 +44,7 @@ def test_a_model_folder_draws_what_it_drew(earlier):
 
 def test_a_run_goes_on_from_its_checkpoint_and_repeats_no_stage(earlier, capsys):
     run = earlier / "run"
-    with mock.patch.object(session, "make_mesh", one_device_mesh):
+    with mock.patch.object(session, "make_mesh", one_device_mesh), quick_compilation():
         for stage in ("tokenizer", "latents", "generator"):
             assert main([*RECIPE, f"--task={stage}", f"--workdir={run}"]) == 0
     text = capsys.readouterr().out
@@ -58,4 +54,4 @@ def test_a_run_goes_on_from_its_checkpoint_and_repeats_no_stage(earlier, capsys)
     expected = load_file(earlier / "finished/model/generator.safetensors")
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=5e-5, err_msg=name)

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from tiny import Programs, differing, one_device_mesh, tiny_config, to_numpy, updates
+from tiny import SMALLEST, Programs, differing, one_device_mesh, tiny_config, to_numpy, updates
 
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import Loader
@@ -32,7 +32,9 @@ class Crash(Exception):
 def config_of(accumulation_steps: int) -> Config:
     """Return a run in which the codebook starts and the last phase begins in between, saved at every third step."""
     settings = dict(steps=STEPS, accumulation_steps=accumulation_steps, checkpoint_every_steps=3)
-    return tiny_config(**{f"{stage}_training__{name}": value for stage in STAGES for name, value in settings.items()})
+    return tiny_config(
+        **SMALLEST, **{f"{stage}_training__{name}": value for stage in STAGES for name, value in settings.items()}
+    )
 
 
 class Oracle:

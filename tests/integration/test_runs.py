@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import tiny
-from tiny import Programs, one_device_mesh, updates
+from tiny import SMALLEST_ARGUMENTS, Programs, one_device_mesh, updates
 
 from ear_jax.checkpoint.store import TEMPORARY
 from ear_jax.errors import NonFiniteError
@@ -25,6 +25,7 @@ RECIPE = (
     f"--config={tiny.__file__}",
     "--task=tokenizer",
     "--config.tokenizer.name=lite_vae",
+    *SMALLEST_ARGUMENTS,
     f"--config.tokenizer_training.steps={STEPS}",
 )
 OFTEN = "--config.tokenizer_training.checkpoint_every_steps=2"

@@ -132,6 +132,13 @@ SMALLEST: dict[str, Any] = dict(
 )
 
 
+# The same as arguments of a command line.
+SMALLEST_ARGUMENTS = tuple(
+    f"--config.{path.replace('__', '.')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    for path, value in SMALLEST.items()
+)
+
+
 def one_device_mesh(**_: int) -> Mesh:
     """Return a mesh of the first device alone, whatever is asked for."""
     return make_mesh(devices=jax.devices()[:1])
