@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ear_jax.config.schema import Config, TrainingConfig
+from ear_jax.config.schema import Config, KLVAEConfig, TrainingConfig, VQVAEConfig
 from ear_jax.errors import ConfigError
 from ear_jax.levels import LevelSpec
 
@@ -26,13 +26,16 @@ LITE = ("lite_vae", "lite_hybrid")
 """Tokenizers on a wavelet encoder."""
 
 
+def published(config: Config) -> KLVAEConfig | VQVAEConfig:
+    """Return the settings of the published architecture that is chosen; of no use with those in `LITE`."""
+    return config.tokenizer.kl_vae if config.tokenizer.name == "kl_vae" else config.tokenizer.vqvae
+
+
 def downsampling(config: Config) -> int:
     """Return how many pixels make the side of one latent pixel."""
-    tokenizer = config.tokenizer
-    if tokenizer.name in LITE:
-        return 2**tokenizer.vae.wavelet_levels
-    own = tokenizer.kl_vae if tokenizer.name == "kl_vae" else tokenizer.vqvae
-    return 2 ** max(0, len(own.multipliers) - 1)
+    if config.tokenizer.name in LITE:
+        return 2**config.tokenizer.vae.wavelet_levels
+    return 2 ** max(0, len(published(config).multipliers) - 1)
 
 
 def downsampling_path(config: Config) -> str:
@@ -50,10 +53,7 @@ def latent_grid(config: Config) -> int:
 
 def latent_channels(config: Config) -> int:
     """Return the channels of the latent map."""
-    tokenizer = config.tokenizer
-    if tokenizer.name in LITE:
-        return tokenizer.vae.latent_channels
-    return (tokenizer.kl_vae if tokenizer.name == "kl_vae" else tokenizer.vqvae).latent_channels
+    return (config.tokenizer.vae if config.tokenizer.name in LITE else published(config)).latent_channels
 
 
 def has_coarse(config: Config) -> bool:

@@ -5,6 +5,7 @@ jax, and must draw the levels that stand here.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,11 @@ class Fault:
 
     text: str
     paths: tuple[str, ...]
+
+
+def fault(text: str, *more_paths: str) -> Fault:
+    """Return a fault that rests on every key that its text names as `config.GROUP.KEY`, and on some more."""
+    return Fault(text, (*re.findall(r"config\.([a-z0-9_]+(?:\.[a-z0-9_]+)*)", text), *more_paths))
 
 
 def no_faults(config: Config) -> Iterable[Fault]:
@@ -77,19 +83,17 @@ def _trained_steps(config: Config, level: LevelSpec) -> int:
 def _needs_one_continuous_level(config: Config) -> Iterator[Fault]:
     backbone, tokenizer = config.generator.backbone.name, config.tokenizer.name
     if tokenizer not in ("lite_vae", "kl_vae"):
-        yield Fault(
+        yield fault(
             f"config.generator.backbone.name={backbone} models one continuous level; config.tokenizer.name={tokenizer} "
-            "has others; use kl_vae or lite_vae.",
-            ("generator.backbone.name", "tokenizer.name"),
+            "has others; use kl_vae or lite_vae."
         )
 
 
 def _next_scale_faults(config: Config) -> Iterator[Fault]:
     if config.tokenizer.name != "vqvae":
-        yield Fault(
+        yield fault(
             "config.generator.backbone.name=next_scale draws the scales of config.tokenizer.name=vqvae, "
-            f"not {config.tokenizer.name}.",
-            ("generator.backbone.name", "tokenizer.name"),
+            f"not {config.tokenizer.name}."
         )
 
 
@@ -99,10 +103,11 @@ def _dit_faults(config: Config) -> Iterator[Fault]:
     trained = diffusion.train_steps
     has_stride = any(len(range(0, trained, stride)) == passes for stride in range(1, trained + 1))
     if diffusion.sampler == "ddim" and not has_stride:
-        yield Fault(
+        yield fault(
             f"{passes} ddim steps have no whole stride through {trained} trained ones; use a divisor "
             "such as 50, 100 or 250, or config.generator.diffusion.sampler=ddpm.",
-            ("generator.fine.steps", "sample.fine_steps", "generator.diffusion.sampler"),
+            "generator.fine.steps",
+            "sample.fine_steps",
         )
 
 

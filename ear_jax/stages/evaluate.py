@@ -1,4 +1,4 @@
-"""Measure a model, reconstructions and samples, and write the numbers with all that they depend on."""
+"""Measure a model, or images that are there already, and write the numbers with all that they depend on."""
 
 import dataclasses
 import json
@@ -10,27 +10,37 @@ import numpy as np
 
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
+from ear_jax.data.image_sets import open_image_set
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import SplitSource, Subset
-from ear_jax.errors import ConfigError
+from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import digest_of, write_json
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
 from ear_jax.metrics.classifier_training import accuracy_when_degraded
 from ear_jax.metrics.collector import ScoreSettings
 from ear_jax.metrics.feature_weights import lpips_weights
-from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork
+from ear_jax.metrics.features import ClassifierFeatures
+from ear_jax.metrics.protocol import ROUNDED_BEFORE
 from ear_jax.metrics.reconstruction import Distance, Reconstructions, ReconstructionScorer
-from ear_jax.metrics.reference import Reference
 from ear_jax.metrics.sample_scorer import SampleScorer
 from ear_jax.metrics.scores import Scores
 from ear_jax.nn.functional import functional
 from ear_jax.nn.perceptual import PerceptualDistance
-from ear_jax.stages.drawn import drawn_batches, sampling_protocol
+from ear_jax.stages.drawn import measure_streams, sampling_protocol, score_samples
 from ear_jax.stages.evaluation_report import judge_protocol, report
-from ear_jax.stages.references import chosen_network, open_networks, open_reference, score_settings, source_batches
+from ear_jax.stages.references import (
+    Measure,
+    chosen_network,
+    class_ids,
+    open_measure,
+    open_network,
+    open_reference,
+    score_settings,
+    set_batches,
+    source_batches,
+)
 from ear_jax.stages.session import Session, fingerprint
-from ear_jax.stages.streams import measure_streams
 from ear_jax.types import Tokens
 
 FIRST_SAMPLE = 1 << 20
@@ -69,13 +79,12 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
             f"({', '.join(train.class_names[:5])} …). Evaluate on the data that the model was trained on."
         )
     lpips, lpips_digest = _lpips(config)
-    network, judge = open_networks(session, train)
-    reference = open_reference(session, network, train)
-    trust, warnings = _trust(judge, held_out, config)
+    measure = open_measure(session, train)
+    trust, warnings = _trust(measure.judge, held_out, config)
     if is_numbered and train.class_names != loaded.class_names:
         warnings.append("The model numbers its classes: they are taken to be the data's, in their order.")
-    reconstructed = _reconstructions(loaded, network, judge, reference, held_out, config, lpips)
-    scores, judged = _samples(loaded, network, judge, reference, config, weights)
+    reconstructed = _reconstructions(loaded, measure, held_out, config, lpips)
+    scores, judged = _samples(loaded, measure, config, weights)
     streams = measure_streams(loaded, held_out, config)
     parts = {f"reconstructions ({name})": part for name, part in reconstructed.items()} | {"samples": scores}
     warnings += [f"{what}: {warning}" for what, part in parts.items() for warning in part.warnings]
@@ -92,7 +101,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
         "collapse": [*reconstructed["full"].alarms, *scores.alarms, *(() if streams is None else streams.alarms)],
         "protocol": {
             "judge": judge_protocol(config),
-            "judge_weights_sha256": judge.digest,
+            "judge_weights_sha256": measure.judge.digest,
             "lpips_weights_sha256": lpips_digest,
             "samples": config.evaluate.samples,
             "reconstructions": min(config.evaluate.reconstructions, len(held_out)),
@@ -112,61 +121,87 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     report(session, result)
 
 
-def _samples(
-    loaded: pipeline.Pipeline,
-    network: FeatureNetwork,
-    judge: ClassifierFeatures,
-    reference: Reference,
-    config: Config,
-    weights: str,
-) -> tuple[Scores, Scores]:
+def evaluate_images(session: Session) -> None:
+    """Score `config.evaluate.images`, a folder or an .npz, and write `evaluation_<its name>.json`.
+
+    Class names in file or folder names (`000012_circle.png`), or `label_arr` in an .npz, give the class accuracy.
+
+    Raises:
+        DataError: the images cannot be read, are of several sizes, or of another size than the reference.
+    """
+    config, settings = session.config, session.config.evaluate
+    is_judged = chosen_network(config) == "classifier"
+    needs_data = is_judged or not settings.reference
+    train = open_split(config.data, "train", seed=config.seed) if needs_data else None
+    names = train.class_names if train else ()
+    images = open_image_set(settings.images, class_ids=class_ids(names))
+    if train is not None and images.image_px != config.data.image_px:
+        raise DataError(
+            f"the images of {images.path} have {images.image_px} pixels a side, config.data.image_px is "
+            f"{config.data.image_px}: the reference would be of another size. Expected one size: set "
+            f"--config.data.image_px={images.image_px}, or score other images."
+        )
+    network = open_network(session, train)
+    scorer = SampleScorer(network, open_reference(session, network, train), settings=score_settings(config))
+    for batch in set_batches(images, settings.batch_size):
+        scorer.update(batch)
+    scores = scorer.scores(source=f"{images.path}, digest {images.digest}", rounding=ROUNDED_BEFORE)
+    result: dict[str, Any] = {
+        "images": str(images.path),
+        "scores": scores.values,
+        "class_accuracy_by_class": {names[label]: right for label, right in scores.by_class.items()},
+        "warnings": [*images.notes, *scores.warnings],
+        "collapse": list(scores.alarms),
+        "protocol": {**({"judge": judge_protocol(config)} if is_judged else {}), "scores": scores.protocol},
+    }
+    path = session.workdir.root / f"evaluation_{images.path.stem}.json"
+    if session.is_first:
+        write_json(path, result)
+    session.ledger.event("evaluation", stage="images", **result)
+    report(session, result)
+    session.say(f"evaluation  written to {path}")
+
+
+def _samples(loaded: pipeline.Pipeline, measure: Measure, config: Config, weights: str) -> tuple[Scores, Scores]:
     """Return the scores in the chosen network and the judge's, which are the same ones where that is the judge."""
     settings = score_settings(config)
-    if network is judge and settings.metrics:
+    if measure.judges_alone and settings.metrics:
         settings = dataclasses.replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *JUDGED))))
-    scorers = [SampleScorer(network, reference, settings=settings)]
-    if network is not judge:
-        scorers.append(SampleScorer(judge, None, settings=ScoreSettings(JUDGED)))
-    for batch in drawn_batches(loaded, config, count=config.evaluate.samples, first=FIRST_SAMPLE):
-        for scorer in scorers:
-            scorer.update(batch)
+    scorers = [SampleScorer(measure.network, measure.reference, settings=settings)]
+    if not measure.judges_alone:
+        scorers.append(SampleScorer(measure.judge, None, settings=ScoreSettings(JUDGED)))
     sampling = sampling_protocol(loaded, config, weights, use_ema=True)
-    found = [scorer.scores(sampling=sampling) for scorer in scorers]
+    count = config.evaluate.samples
+    found = score_samples(scorers, loaded, config, count=count, first=FIRST_SAMPLE, sampling=sampling)
     return found[0], found[-1]
 
 
 def _reconstructions(
-    loaded: pipeline.Pipeline,
-    network: FeatureNetwork,
-    judge: ClassifierFeatures,
-    reference: Reference,
-    held_out: SplitSource,
-    config: Config,
-    lpips: Distance | None,
+    loaded: pipeline.Pipeline, measure: Measure, held_out: SplitSource, config: Config, lpips: Distance | None
 ) -> dict[str, Scores]:
     """Return the scores of held-out images from all tokens and, where there are two kinds, from the discrete ones."""
     images = Subset(held_out, config.evaluate.reconstructions, seed=config.seed)
     sizes = [level.size for level in loaded.spec.levels if level.kind == "discrete"]
+    network, reference = measure.network, measure.reference
     scorers = {"full": ReconstructionScorer(network, lpips=lpips, codebook_sizes=sizes, reference=reference)}
     if 0 < len(sizes) < len(loaded.spec.levels):
         scorers["coarse"] = ReconstructionScorer(network)
-    judging = scorers["full"]
-    if network is not judge:
-        judging = ReconstructionScorer(judge, settings=ScoreSettings(JUDGED))
+    if not measure.judges_alone:
+        scorers["judged"] = ReconstructionScorer(measure.judge, settings=ScoreSettings(JUDGED))
     for batch in source_batches(images, config):
         tokens = loaded.encode(batch.images)
         codes = tuple(np.asarray(level) for level in tokens.levels if level.ndim == 2)
         full = Reconstructions(batch.images, loaded.decode(tokens), batch.labels, codes, batch.numbers)
-        scorers["full"].update(full)
-        if judging is not scorers["full"]:
-            judging.update(full)
-        if "coarse" in scorers:
-            decoded = loaded.decode(Tokens(tokens.levels[: len(codes)]))
-            scorers["coarse"].update(full._replace(images=decoded, codes=()))
+        for name, scorer in scorers.items():
+            if name == "coarse":
+                decoded = loaded.decode(Tokens(tokens.levels[: len(codes)]))
+                scorer.update(full._replace(images=decoded, codes=()))
+            else:
+                scorer.update(full)
     source = f"{len(images)} held-out images of {config.data.source}"
     found = {name: scorer.scores(source=source, source_digest=images.digest) for name, scorer in scorers.items()}
-    if network is not judge:
-        found["full"].values["class_accuracy"] = judging.scores().values["class_accuracy"]
+    if "judged" in found:
+        found["full"].values["class_accuracy"] = found.pop("judged").values["class_accuracy"]
     return found
 
 

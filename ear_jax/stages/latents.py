@@ -25,16 +25,11 @@ def cache_latents(session: Session) -> None:
     if config.latents.source:
         session.say(f"latents     read from {config.latents.source}")
         return
-    folder = model_folder.read(workdir.model("tokenizer"))
+    tensors = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
     source = open_split(config.data, "train", seed=config.seed)
     abstract = build.abstract_tokenizer(config)
     static, _, _ = functional(abstract)
-    weights = digest_of(
-        *(
-            f"{name}:".encode() + folder.tensors["tokenizer"][name].tobytes()
-            for name in sorted(folder.tensors["tokenizer"])
-        )
-    )
+    weights = digest_of(*(f"{name}:".encode() + tensors[name].tobytes() for name in sorted(tensors)))
     description = CacheDescription(
         images=len(source),
         levels=abstract.spec.levels,
@@ -47,7 +42,7 @@ def cache_latents(session: Session) -> None:
         session.say(f"latents     complete in {workdir.stage('latents')}")
         return
     writer = LatentsWriter(workdir.stage("latents"), description, shard=jax.process_index())
-    arrays = {name: jax.device_put(tensor) for name, tensor in folder.tensors["tokenizer"].items()}
+    arrays = {name: jax.device_put(tensor) for name, tensor in tensors.items()}
 
     @jax.jit
     def encode(arrays: dict, images: jax.Array) -> tuple[dict, dict]:

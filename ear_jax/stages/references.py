@@ -1,5 +1,6 @@
-"""Which feature network an evaluation uses, and which real images it compares with."""
+"""What images are measured with: a feature network, a judge of classes, and the real images to compare with."""
 
+import dataclasses
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,37 @@ from ear_jax.stages.judge import open_judge
 from ear_jax.stages.session import Session
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The network of the distances, the judge of the classes, which may be one, and what samples are compared with."""
+
+    network: FeatureNetwork
+    judge: ClassifierFeatures
+    reference: Reference
+
+    @property
+    def judges_alone(self) -> bool:
+        """Whether the judge is the network of the distances too."""
+        return self.network is self.judge
+
+    @property
+    def pairs(self) -> list[tuple[FeatureNetwork, Reference | None]]:
+        """Each network once, with what it compares samples with."""
+        beside = [] if self.judges_alone else [(self.judge, None)]
+        return [(self.network, self.reference), *beside]
+
+
+def open_measure(session: Session, train: SplitSource) -> Measure:
+    """Return what the run's samples are measured with; given weights are read before a judge is trained.
+
+    Raises:
+        DataError: the weights of the Inception network, or a reference, cannot be had.
+    """
+    network = open_network(session, train)
+    judge = network if isinstance(network, ClassifierFeatures) else open_classifier(session, train)
+    return Measure(network, judge, open_reference(session, network, train))
+
+
 def chosen_network(config: Config) -> str:
     """Return `classifier` or `inception`; auto is inception where its weights are at hand."""
     settings = config.evaluate
@@ -44,16 +76,6 @@ def open_network(session: Session, train: SplitSource | None = None) -> FeatureN
     if chosen_network(session.config) == "inception":
         return InceptionNetwork(inception_weights(settings.inception_weights), batch_size=settings.batch_size)
     return open_classifier(session, train or open_split(session.config.data, "train", seed=session.config.seed))
-
-
-def open_networks(session: Session, train: SplitSource) -> tuple[FeatureNetwork, ClassifierFeatures]:
-    """Return the feature network and the judge, which may be one; given weights are read before a judge is trained.
-
-    Raises:
-        DataError: the weights of the Inception network cannot be had.
-    """
-    network = open_network(session, train)
-    return network, network if isinstance(network, ClassifierFeatures) else open_classifier(session, train)
 
 
 def open_classifier(session: Session, train: SplitSource) -> ClassifierFeatures:
@@ -163,11 +185,10 @@ def _from_path(session: Session, network: FeatureNetwork, path: Path) -> Referen
     if not has_images:
         return load_reference(path)
     images = open_image_set(path)
-    batch_size = session.config.evaluate.batch_size
     session.say(f"reference   measuring the {images.count} images of {path} in the features of {network.name}")
     measured = reference_moments(
         network,
-        set_batches(images, batch_size),
+        set_batches(images, session.config.evaluate.batch_size),
         source=str(path),
         source_digest=images.digest,
         settings=score_settings(session.config),

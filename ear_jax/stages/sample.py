@@ -36,10 +36,7 @@ def sample(config: Config, model: str, folder: Path) -> None:
     done = 0
     with Progress("sample", settings.count, images_per_step=1) as progress:
         for ids, images in loaded.sample_batches(
-            labels,
-            seed=settings.seed,
-            sampling=sampling_of(config),
-            batch_size=settings.batch_size,
+            labels, seed=settings.seed, sampling=sampling_of(config), batch_size=settings.batch_size
         ):
             if settings.format == "npz":
                 kept.append(images)

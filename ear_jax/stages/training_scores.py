@@ -6,9 +6,9 @@ from ear_jax.data.open import open_split
 from ear_jax.distributed.process import to_host
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.metrics.sample_scorer import SampleScorer
-from ear_jax.stages.drawn import drawn_batches
+from ear_jax.stages.drawn import score_samples
 from ear_jax.stages.evaluation_report import in_words
-from ear_jax.stages.references import open_networks, open_reference, score_settings
+from ear_jax.stages.references import open_measure, score_settings
 from ear_jax.stages.session import Session
 from ear_jax.training.step import TrainState
 
@@ -28,15 +28,13 @@ class TrainingScores:
         """
         self._session, self._pipeline = session, pipeline
         config = session.config
-        train = open_split(config.data, "train", seed=config.seed)
-        network, judge = open_networks(session, train)
-        reference = open_reference(session, network, train)
+        measure = open_measure(session, open_split(config.data, "train", seed=config.seed))
         settings = score_settings(config)
         self._scorers = []
-        for scored_by, compared_with in [(network, reference), *([] if network is judge else [(judge, None)])]:
-            able = SampleScorer(scored_by, compared_with, settings=dataclasses.replace(settings, metrics=())).metrics
+        for network, reference in measure.pairs:
+            able = SampleScorer(network, reference, settings=dataclasses.replace(settings, metrics=())).metrics
             chosen = tuple(name for name in METRICS if name in able)
-            self._scorers.append((scored_by, compared_with, dataclasses.replace(settings, metrics=chosen)))
+            self._scorers.append((network, reference, dataclasses.replace(settings, metrics=chosen)))
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Return scores by `<ema|params>/<name>`; prints them, and signs of collapse."""
@@ -44,10 +42,8 @@ class TrainingScores:
         for kind, what in WEIGHTS.items():
             self._pipeline.set_generator(to_host({**state[kind], **state["rest"]}))
             scorers = [SampleScorer(network, real, settings=chosen) for network, real, chosen in self._scorers]
-            for batch in drawn_batches(self._pipeline, config, count=config.evaluate.every_samples, first=FIRST_SAMPLE):
-                for scorer in scorers:
-                    scorer.update(batch)
-            scored = [scorer.scores() for scorer in scorers]
+            count = config.evaluate.every_samples
+            scored = score_samples(scorers, self._pipeline, config, count=count, first=FIRST_SAMPLE)
             values = {name: value for part in scored for name, value in part.values.items()}
             found |= {f"{kind}/{name}": value for name, value in values.items()}
             shown = f"{in_words(values)}, class accuracy {values['class_accuracy']:.1%}"

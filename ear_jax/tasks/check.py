@@ -1,13 +1,12 @@
 """Run every part once for real, on a tiny model or on a given one, and say what holds.
 
-Nothing is written but a temporary folder. What is compared with what is in `bench/model_checks.py` and
-`tasks/component_checks.py`; what cannot be right at all, in `bench/plausibility.py`.
+Nothing is written but a temporary folder. What is compared with what is in `check/`; what cannot be right at all, in
+`bench/plausibility.py`.
 """
 
 import contextlib
-import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import numpy as np
 
 from ear_jax.bench.plausibility import cpu_flops_bound
 from ear_jax.check import components
-from ear_jax.check.checklist import Checklist, Outcome
+from ear_jax.check.checklist import Check, Checklist, Outcome, accuracies_add_up, utilisation_is_possible
 from ear_jax.check.model import IMAGES, ModelChecks
-from ear_jax.check.records import accuracies_add_up, utilisation_is_possible
 from ear_jax.check.tiny import tiny_config, tiny_tensors
 from ear_jax.config.schema import Config
 from ear_jax.data.open import open_split
@@ -71,49 +69,53 @@ def _check_tiny(checklist: Checklist, config: Config, folder: Path) -> str:
         made.append(Pipeline(tiny, source.class_names, tiny_tensors(tiny)))
         return Outcome(f"{made[0].parameters / 1e3:.0f} thousand parameters, none of them zero")
 
-    if checklist.run("model", build_model):
-        _check_use(checklist, made[0], folder, batch["image"], is_trained=False)
-        cached = functools.partial(_cached, made[0], batch)
-        checklist.run("generator update", lambda: components.updates_generator(tiny, made[0].spec, cached()))
-    checklist.run("tokenizer update", lambda: components.updates_tokenizer(tiny, batch))
-    checklist.run("energy score", lambda: components.scores_energy_without_bias(tiny))
-    judges: list[ClassifierFeatures] = []
-    checklist.run("judge", lambda: components.trains_judge(tiny, source, judges.append))
-    if made and judges:
+    def update_generator() -> Outcome:
+        return components.updates_generator(tiny, made[0].spec, _cached(made[0], batch))
+
+    def score_samples() -> Outcome:
         ids = np.resize(np.arange(len(source.class_names)), len(source))
-        samples = functools.partial(made[0].sample, ids, batch_size=IMAGES)
-        checklist.run("scores of samples", lambda: components.scores_sets(judges[0], rows, samples(), ids))
-        decoded = lambda: made[0].decode(made[0].encode(batch["image"]))  # noqa: E731
-        checklist.run(
-            "scores of reconstructions", lambda: components.scores_reconstructions(judges[0], batch, decoded())
-        )
+        return components.scores_sets(judges[0], rows, made[0].sample(ids, batch_size=IMAGES), ids)
+
+    def score_reconstructions() -> Outcome:
+        decoded = made[0].decode(made[0].encode(batch["image"]))
+        return components.scores_reconstructions(judges[0], batch, decoded)
+
+    judges: list[ClassifierFeatures] = []
+    if checklist.run("model", build_model):
+        checklist.run_all(_checks_of_use(made[0], folder, batch["image"], is_trained=False))
+        checklist.run("generator update", update_generator)
+    checklist.run_all(
+        [
+            ("tokenizer update", lambda: components.updates_tokenizer(tiny, batch)),
+            ("energy score", lambda: components.scores_energy_without_bias(tiny)),
+            ("judge", lambda: components.trains_judge(tiny, source, judges.append)),
+        ]
+    )
+    if made and judges:
+        checklist.run_all([("scores of samples", score_samples), ("scores of reconstructions", score_reconstructions)])
     generator = tiny.generator
     return f"A tiny {tiny.tokenizer.name} with a {generator.backbone.name} backbone"
 
 
 def _check_model(checklist: Checklist, model: Pipeline, folder: Path) -> str:
     images = model.sample(np.arange(IMAGES) % len(model.class_names)) if model.has_generator else _noise(model)
-    _check_use(checklist, model, folder, images)
+    checklist.run_all(_checks_of_use(model, folder, images))
     return f"{model.path}: {model.config.name}, {model.parameters / 1e6:.1f} million parameters"
 
 
-def _check_use(
-    checklist: Checklist, model: Pipeline, folder: Path, images: np.ndarray, *, is_trained: bool = True
-) -> None:
-    """Run what holds for any model; the first calls of each program compile it."""
+def _checks_of_use(model: Pipeline, folder: Path, images: np.ndarray, *, is_trained: bool = True) -> Iterator[Check]:
+    """Yield what holds for any model; the first calls of each program compile it."""
     checks = ModelChecks(model, is_trained=is_trained)
-    checklist.run("encode", lambda: checks.encodes(images))
-    checklist.run("decode", lambda: checks.decodes(images))
-    checklist.run("save and load", lambda: checks.same_after_saving(folder))
-    if not model.has_generator:
-        return
-    checklist.run("tokens", checks.draws_tokens)
-    checklist.run("stages and whole", checks.stages_make_the_whole)
-    checklist.run("label", checks.depends_on_the_label)
-    checklist.run("noise", checks.depends_on_the_noise)
-    checklist.run("repetition", checks.repeats_itself)
-    peak, name = _peak(model)
-    checklist.run("times", lambda: checks.takes_possible_times(peak, name))
+    yield "encode", lambda: checks.encodes(images)
+    yield "decode", lambda: checks.decodes(images)
+    yield "save and load", lambda: checks.same_after_saving(folder)
+    if model.has_generator:
+        yield "tokens", checks.draws_tokens
+        yield "stages and whole", checks.stages_make_the_whole
+        yield "label", checks.depends_on_the_label
+        yield "noise", checks.depends_on_the_noise
+        yield "repetition", checks.repeats_itself
+        yield "times", lambda: checks.takes_possible_times(*_peak(model))
 
 
 def _peak(model: Pipeline) -> tuple[float, str]:

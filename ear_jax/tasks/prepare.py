@@ -4,13 +4,8 @@ from ear_jax.config.schema import Config
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
-    """Prepare the data set of the config."""
-    prepare(config)
-
-
-def prepare(config: Config) -> None:
     """Prepare `config.data.source`; other sources need nothing."""
     if config.data.source.startswith("tfds:"):
-        from ear_jax.data.prepare import prepare as make  # TensorFlow comes in here and nowhere else
+        from ear_jax.data.prepare import prepare  # TensorFlow comes in here and nowhere else
 
-        make(config.data)
+        prepare(config.data)

@@ -8,13 +8,13 @@ from ear_jax.stages.latents import cache_latents
 from ear_jax.stages.sample import sample
 from ear_jax.stages.session import open_session
 from ear_jax.stages.tokenizer import train_tokenizer
-from ear_jax.tasks.prepare import prepare
+from ear_jax.tasks import prepare
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     """Run prepare, tokenizer, latents, generator, sample and evaluate in one workdir."""
     began = time.monotonic()
-    prepare(config)
+    prepare.run(config, workdir)
     with open_session(config, workdir) as session:
         train_tokenizer(session)
         cache_latents(session)

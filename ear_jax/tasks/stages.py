@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from ear_jax.config.schema import Config
-from ear_jax.stages.evaluate import evaluate
-from ear_jax.stages.evaluate_images import evaluate_images
+from ear_jax.stages.evaluate import evaluate, evaluate_images
 from ear_jax.stages.generator import train_generator
 from ear_jax.stages.latents import cache_latents
 from ear_jax.stages.references import make_stats

@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 from ear_jax.bench import plausibility
-from ear_jax.check.checklist import Checklist, Outcome
-from ear_jax.check.records import accuracies_add_up, utilisation_is_possible
+from ear_jax.check.checklist import Checklist, Outcome, accuracies_add_up, utilisation_is_possible
 from ear_jax.errors import DataError
 from ear_jax.levels import LevelSpec, TokenizerSpec
 from ear_jax.training.ledger import Ledger
