@@ -1,20 +1,21 @@
-"""What all tests share: eight fake CPU devices, run-time checks of array annotations, and where shared data lies.
+"""What all tests share: quick compilation, run-time checks of array annotations, and where shared data lies.
 
-Programs are compiled at LLVM's level 1: most of a test's time is compilation, which takes half as long so. Those that
-run for a moment take `quick.QUICK`. No persistent compilation cache: cache files of parallel test processes are not
-written atomically, so that reading one can warn.
+Programs are compiled in haste (`quick.py`): most of a test's time is compilation, which takes a quarter as long so.
+The tests have eight fake devices, which cost nothing: a program on one of them compiles as fast as with one alone. No
+persistent compilation cache: within one run hardly a program comes twice, so that writing it costs more than it saves.
 """
 
 import os
 from pathlib import Path
 
 import pytest
+from quick import xla_flags
 
 # Both must happen before jax and ear_jax are imported for the first time.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for _flag, _value in (("--xla_force_host_platform_device_count", 8), ("--xla_backend_optimization_level", 1)):
+for _flag, _value in {"xla_force_host_platform_device_count": 8, **xla_flags()}.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 
 import jaxtyping  # noqa: E402
 
