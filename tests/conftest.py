@@ -3,9 +3,11 @@
 Programs are compiled in haste (`quick.py`): most of a test's time is compilation, which takes a quarter as long so.
 The tests have eight fake devices, which cost nothing: a program on one of them compiles as fast as with one alone. No
 persistent compilation cache: within one run hardly a program comes twice, so that writing it costs more than it saves.
+The user's own cache folder is neither read nor written.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from quick import xla_flags
 
 # Both must happen before jax and ear_jax are imported for the first time.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ.setdefault("EAR_JAX_CACHE", str(Path(tempfile.gettempdir()) / f"ear_jax_tests_{os.getuid()}"))
 for _flag, _value in {"xla_force_host_platform_device_count": 8, **xla_flags()}.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()

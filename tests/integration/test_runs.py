@@ -54,6 +54,7 @@ def child(folder: Path, log: Path) -> Iterator[subprocess.Popen]:
     """Run the recipe in another process; it does not outlive the block."""
     worker, tests = Path(__file__).with_name("worker.py"), Path(__file__).parents[1]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(log.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     environment = {
         **os.environ,
         **cache,
