@@ -1,5 +1,6 @@
 """A model folder in use: from Python by `ear_jax.load`, and from the command line by sample, bench and show."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ear_jax.config import read
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder
 from ear_jax.inference.pipeline import Pipeline
+from ear_jax.sampling import Sampling
 from ear_jax.types import Tokens
 
 NAMES = ("circle", "square", "triangle", "star")
@@ -243,6 +245,36 @@ def test_the_sample_task_writes_one_file_for_evaluators(folder, tmp_path, capsys
     images = next(value for value in stored.values() if value.ndim == 4)
     assert (images.shape, images.dtype) == ((6, PX, PX, 3), np.uint8)
     assert any(value.tolist() == [0, 1, 2, 3, 0, 1] for value in stored.values() if value.ndim == 1)
+
+
+def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_and_from_python(
+    model, tmp_path, monkeypatch
+):
+    """An option that is accepted has its effect: one was dropped on the way once."""
+    options = dict(
+        steps=(3, 2),
+        guidance_scale=2.5,
+        guidance_schedule="constant",
+        temperature=0.5,
+        coarse_temperature=0.25,
+        top_k=3,
+        top_p=0.75,
+    )
+    wanted = Sampling(**options)
+    assert model.sampling(**options) == wanted and set(options) == {
+        field.name for field in dataclasses.fields(Sampling)
+    }
+    seen: list[Sampling] = []
+
+    def sample_batches(self: Pipeline, labels: np.ndarray, *, sampling: Sampling, **_: Any) -> Any:
+        seen.append(sampling)
+        yield labels, np.zeros((len(labels), PX, PX, 3), np.uint8)
+
+    monkeypatch.setattr(Pipeline, "sample_batches", sample_batches)
+    steps = ["--config.sample.coarse_steps=3", "--config.sample.fine_steps=2"]
+    rest = [f"--config.sample.{name}={value}" for name, value in options.items() if name != "steps"]
+    assert main.main(["--task=sample", f"--model={model.path}", f"--workdir={tmp_path}", *steps, *rest]) == 0
+    assert seen == [wanted]
 
 
 def test_a_label_that_the_model_lacks_ends_the_sample_task(folder, tmp_path, capsys):
