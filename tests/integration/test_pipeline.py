@@ -251,7 +251,7 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
     model, tmp_path, monkeypatch
 ):
     """An option that is accepted has its effect: one was dropped on the way once."""
-    options = dict(
+    options: dict[str, Any] = dict(
         steps=(3, 2),
         guidance_scale=2.5,
         guidance_schedule="constant",
