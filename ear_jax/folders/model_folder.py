@@ -1,7 +1,7 @@
 """The model folder: config.json, one safetensors file a part, card.md and samples.png; written and read as a whole.
 
 Sampling, evaluation, export and serving read this and never a workdir's checkpoints. How the card reads is
-`model_card.py`; whether the tensors fit a model is for `tensor_names.py` to say.
+`card.py`; whether the tensors fit a model is for `check` to say.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def write(
         tensors: By part (`tokenizer`, `generator`) and flat name; floats must be finite. A mapping may make its arrays
             when they are asked for: each is asked for twice and not kept.
         class_names: Names by class id.
-        card_facts: Sections of card.md: title to a text, or to a table as a mapping (see `model_card.compose`).
+        card_facts: Sections of card.md: title to a text, or to a table as a mapping (see `card.compose`).
         picture: A finished grid, or images to arrange; None leaves samples.png out.
 
     Raises:

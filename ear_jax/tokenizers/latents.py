@@ -52,7 +52,7 @@ class LatentTokenizer(nnx.Module):
     def set_latent_statistics(
         self, mean: Float[Array, " c"] | Float[np.ndarray, " c"], std: Float[Array, " c"] | Float[np.ndarray, " c"]
     ) -> None:
-        """Store the per-channel mean and standard deviation of the raw latent, see metrics/latent_statistics.py."""
+        """Store the per-channel mean and standard deviation of the raw latent, see metrics/statistics.py."""
         self.latent_mean[...] = jnp.asarray(mean, jnp.float32)
         self.latent_std[...] = jnp.maximum(jnp.asarray(std, jnp.float32), 1e-6)
 
