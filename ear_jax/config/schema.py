@@ -444,8 +444,9 @@ class ConvertConfig:
     )
     tokenizer: str = key("", "file with the tokenizer's weights, or a model folder that holds it")
     weights: str = key(
-        "auto", "table inside the file, for example model_ema; auto prefers averaged weights, or takes the only one"
+        "auto", "table inside the file, for example model_ema; raw = as trained; auto prefers averaged weights"
     )
+    tokenizer_weights: str = key("auto", "the same inside the tokenizer's file, when a generator is converted with it")
     to: str = key(
         "ear_jax",
         "ear_jax writes a model folder; torch writes the family's own names and layouts",

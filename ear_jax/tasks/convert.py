@@ -68,7 +68,7 @@ def read_published(config: Config, folder: str) -> Path:
                 f"{registry.tokenizer_files(config)}. Give that file, or a model folder it was converted to."
             )
         classes = registry.class_count(config, opened.arrays)
-        parts = {"tokenizer": _tokenizer(config, settings.tokenizer, "auto")}
+        parts = {"tokenizer": _tokenizer(config, settings.tokenizer, settings.tokenizer_weights, "tokenizer_weights")}
         parts["generator"] = _generator(config, opened, classes, parts["tokenizer"].arrays)
         names = _class_names(settings, classes)
     return _write(config, workdir, parts, names)
@@ -131,16 +131,16 @@ def _only_tokenizer(config: Config) -> Part:
     return _tokenizer(config, settings.checkpoint or settings.tokenizer, settings.weights)
 
 
-def _tokenizer(config: Config, path: str, weights: str) -> Part:
+def _tokenizer(config: Config, path: str, weights: str, key: str = "weights") -> Part:
     shapes = signature(build.abstract_tokenizer(config))
     if Path(path).is_dir():
         arrays = model_folder.read(path).tensors.get("tokenizer", {})
         check(arrays, shapes, f"the tokenizer of {path}")
         return Part(arrays, {"taken from": path})
-    opened = _open(path, weights, registry.PREFERRED_TOKENIZER)
+    opened = _open(path, weights, registry.PREFERRED_TOKENIZER, key)
     kept = {name: a for name, a in opened.arrays.items() if not name.startswith(registry.TRAINING_ONLY)}
     entries = registry.tokenizer_entries(registry.with_layout_of(config, kept))
-    return _part(path, TensorFile(kept, opened.table), entries, shapes)
+    return _part(path, dataclasses.replace(opened, arrays=kept), entries, shapes)
 
 
 def _part(path: str, opened: TensorFile, entries: list[Entry], shapes: Shapes) -> Part:
@@ -150,6 +150,8 @@ def _part(path: str, opened: TensorFile, entries: list[Entry], shapes: Shapes) -
         "SHA-256 of the file": file_sha256(path),
         "table in the file": opened.table or "its only one",
     }
+    if opened.shards:
+        origin["shards"] = ", ".join(f"{shard.name} ({file_sha256(shard)})" for shard in opened.shards)
     cast = sorted({str(a.dtype) for a in opened.arrays.values() if a.dtype.kind in "fV" and a.dtype != np.float32})
     if cast:
         origin["stored as"] = f"{', '.join(cast)}; converted to float32"
@@ -157,9 +159,16 @@ def _part(path: str, opened: TensorFile, entries: list[Entry], shapes: Shapes) -
     return Part(arrays, origin)
 
 
-def _open(path: str, weights: str, preferred: tuple[str, ...]) -> TensorFile:
-    opened = open_tensors(path, weights=weights, preferred=preferred)
-    return TensorFile(registry.bare_names(opened.arrays), opened.table)
+def _open(path: str, weights: str, preferred: tuple[str, ...], key: str = "weights") -> TensorFile:
+    opened = open_tensors(path, weights=weights, preferred=preferred, setting=f"config.convert.{key}")
+    bare = registry.bare_names(opened.arrays)
+    renamed = next((pair for pair in zip(opened.arrays, bare, strict=True) if pair[0] != pair[1]), None)
+    if renamed:
+        print(f"convert     {path}: names are taken without their wrappers: {renamed[0]} as {renamed[1]}", flush=True)
+    if opened.passed_over:
+        shown = ", ".join(opened.passed_over[:10]) + (" …" if len(opened.passed_over) > 10 else "")
+        print(f"convert     {path}: passed over beside the tensors: {shown}", flush=True)
+    return dataclasses.replace(opened, arrays=bare)
 
 
 def _is_tokenizer(config: Config, opened: TensorFile) -> bool:

@@ -2,7 +2,7 @@
 made one entry at a time, when they are asked for.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from mmap import mmap
 from typing import Any
 
@@ -91,9 +91,21 @@ def ours_of(
         raise DataError(
             f"The weights in {where} do not fit the configured model: {counts}, of {len(theirs)} arrays. Nothing was "
             "written. Choose the configuration they were made with, or with config.convert.weights another table of "
-            "the file:\n  " + "\n  ".join(table[:_SHOWN]) + more
+            "the file:\n  "
+            + "\n  ".join(table[:_SHOWN])
+            + more
+            + next((hint for entry in chosen for name in entry.theirs if (hint := behind(name, theirs))), "")
         )
     return Moved(theirs, chosen, True, expected)
+
+
+def behind(name: str, names: Collection[str]) -> str:
+    """Return a sentence about what stands in front of a name in a file, or nothing."""
+    longer = next((other for other in names if other.endswith(f".{name}")), None)
+    if longer is None:
+        return ""
+    start = longer.removesuffix(f".{name}")[:80]
+    return f" The file has {name} behind {start + '.'!r}: take that part of it with config.convert.weights={start}."
 
 
 def theirs_of(ours: Mapping[str, np.ndarray], entries: Sequence[Entry]) -> Moved:

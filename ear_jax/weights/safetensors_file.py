@@ -43,7 +43,7 @@ def views(path: str | os.PathLike[str], file: mmap) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "numpy"):
             start = 8 + int.from_bytes(file[:8], "little")
-            header = json.loads(file[8:start], object_pairs_hook=_unique)
+            header = json.loads(file[8:start], object_pairs_hook=unique)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise Unreadable(f"its header is not sound ({str(error)[:160]})") from None
     header.pop("__metadata__", None)
@@ -104,7 +104,8 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dictionary; ValueError when it names something twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("it names something twice")

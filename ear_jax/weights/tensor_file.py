@@ -1,30 +1,26 @@
-"""Published weights without torch: which of a file's tables of tensors is wanted, whatever its format.
+"""Published weights without torch: the arrays of a file, or of the files that an index names, whatever their format.
 
 What a file is, is told by its first bytes, not by its name: safetensors, or either layout of torch. Arrays are
 read-only views of the mapped file, so that memory is taken by what a caller makes of them.
 """
 
 import dataclasses
+import json
 import os
-from collections import deque
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from mmap import mmap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ear_jax.errors import DataError
-from ear_jax.weights import safetensors_file, torch_file
+from ear_jax.weights import safetensors_file, tables, torch_file
 from ear_jax.weights.mapped import Unreadable, map_file
-from ear_jax.weights.torch_pickle import Array, Inert, Tensor
+from ear_jax.weights.tables import PREFERRED
 
-PREFERRED = ("model_ema", "ema", "model", "state_dict", "var_wo_ddp", "vae_local")
-"""Tables that `weights="auto"` looks for, best first: averaged weights are what the published evaluations use."""
-
-_DEEPEST_TABLE = 3
-_MOST_CHARACTERS = 1 << 22  # of all paths to tables: a pickle may nest one long key a million times
-_SHOWN = 12
+_SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")
+_LARGEST_INDEX = 64 << 20
 _ADVICE = (
     "Nothing in it was run. If it comes from its authors, save it as safetensors with the software that wrote it: "
     "safetensors.torch.save_file(state_dict, FILE)."
@@ -43,10 +39,14 @@ _OTHER_FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """Named arrays as views of a file, and which of the file's tables they are (empty: its only one)."""
+    """Named arrays as views of a file, which of the file's tables they are, and what was left out of it."""
 
     arrays: dict[str, np.ndarray]
     table: str
+    """Empty: the file's only one."""
+    passed_over: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
+    """The files that an index names, where the file is one."""
 
 
 def read_tensors(
@@ -59,10 +59,12 @@ def read_tensors(
     """Return named arrays of a file as read-only views of it, in the file's own layouts and element types.
 
     Args:
-        path: A safetensors file or one that torch.save wrote, whatever its suffix.
+        path: A safetensors file, one that torch.save wrote, or the index of several (`*.index.json`), whatever its
+            suffix.
         weights: Which table of tensors: a dotted path (`trainer.vae_local`), its last word when that is unique
             (`model_ema`), or the beginning of names (`first_stage_model`), which is cut off. `auto` takes the only
-            table, or the first of `preferred` that there is.
+            table, or the first of `preferred` that there is; what looks averaged is taken when `preferred` begins with
+            averaged weights and it is the only such table, else refused. `raw` is `auto` without what looks averaged.
         preferred: Names for `auto`, best first.
         is_numpy_allowed: Float arrays of numpy inside a torch file count as tensors.
 
@@ -80,26 +82,70 @@ def open_tensors(
     weights: str = "auto",
     preferred: Sequence[str] = PREFERRED,
     is_numpy_allowed: bool = False,
+    setting: str = "weights",
 ) -> TensorFile:
-    """Return what `read_tensors` returns, and which table was taken."""
+    """Return what `read_tensors` returns, and which table was taken; `setting` chooses it, in messages."""
     try:
         file = map_file(Path(path))
+        shards: tuple[Path, ...] = ()
+        if file[:1] == b"{" and str(path).endswith(".index.json"):
+            arrays, shards = _sharded(Path(path), file)
+            chosen = tables.choose(tables.Found({"": arrays}, {}, []), weights, preferred, setting)
+            return TensorFile(chosen.tensors, chosen.path, chosen.passed_over, shards)
+        if _SHARD.search(Path(path).name):
+            raise tables.NoTable("it is one of several files that hold one table; give their *.index.json instead.")
         if file.find(torch_file.ZIP_MAGIC, 0, 4) == 0 or file[:15] == torch_file.LEGACY_MAGIC:
             root, is_big_endian = torch_file.read(file)
-            table, chosen = _select(_tables(root, is_numpy_allowed), weights, preferred)
-            return TensorFile(torch_file.arrays(file, chosen, is_big_endian), table)
-        if file[8:9] == b"{" and int.from_bytes(file[:8], "little") < len(file):
-            table, chosen = _select({"": safetensors_file.views(path, file)}, weights, preferred)
-            return TensorFile(chosen, table)
-        raise Unreadable(_diagnosis(file))
+            chosen = tables.choose(tables.find(root, is_numpy_allowed), weights, preferred, setting)
+            arrays = torch_file.arrays(file, chosen.tensors, is_big_endian)
+        else:
+            found = tables.Found({"": _safetensors(Path(path), file)}, {}, [])
+            chosen = tables.choose(found, weights, preferred, setting)
+            arrays = chosen.tensors
+        return TensorFile(arrays, chosen.path, chosen.passed_over)
     except Unreadable as fault:
         raise DataError(f"{path} is not usable: {fault}. {_ADVICE}") from None
-    except _NoTable as fault:
+    except tables.NoTable as fault:
         raise DataError(f"{path}: {fault}") from None
 
 
-class _NoTable(ValueError):
-    """The file is sound, but does not hold the table that was asked for."""
+def _safetensors(path: Path, file: mmap) -> dict[str, np.ndarray]:
+    if file[8:9] == b"{" and int.from_bytes(file[:8], "little") < len(file):
+        return safetensors_file.views(path, file)
+    raise Unreadable(_diagnosis(file))
+
+
+def _sharded(path: Path, file: mmap) -> tuple[dict[str, np.ndarray], tuple[Path, ...]]:
+    """Return the arrays of all files that an index names, and those files; each holds exactly what the index says."""
+    if len(file) > _LARGEST_INDEX:
+        raise Unreadable(f"an index of {len(file)} bytes; at most {_LARGEST_INDEX} are read")
+    try:
+        places = json.loads(file[:], object_pairs_hook=safetensors_file.unique).get("weight_map")
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"it is no index of shards in JSON ({str(error)[:80]})") from None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise Unreadable("it is no index of shards: it has no table 'weight_map' of files by name")
+    names: dict[str, set[str]] = {}
+    for name, place in places.items():
+        names.setdefault(place, set()).add(name)
+    arrays: dict[str, np.ndarray] = {}
+    for place, wanted in names.items():
+        if place != Path(place).name or place in ("", "..") or not place.isprintable():
+            raise Unreadable(f"it names the file {place[:80]!r}; shards lie beside their index")
+        shard = map_file(path.parent / place)
+        if shard[:4] == torch_file.ZIP_MAGIC or shard[:15] == torch_file.LEGACY_MAGIC:
+            root, is_big_endian = torch_file.read(shard)
+            held = tables.find(root, False).tables.get("", {})
+            own = torch_file.arrays(shard, held, is_big_endian)
+        else:
+            own = _safetensors(path.parent / place, shard)
+        if own.keys() != wanted:
+            raise Unreadable(
+                f"its shard {place[:80]!r} and the index differ in "
+                f"{', '.join(sorted(name[:80] for name in own.keys() ^ wanted)[:10])}"
+            )
+        arrays |= own
+    return arrays, tuple(path.parent / place for place in names)
 
 
 def _diagnosis(file: mmap) -> str:
@@ -107,86 +153,3 @@ def _diagnosis(file: mmap) -> str:
         if file[offset : offset + len(magic)] == magic:
             return f"it {meaning}"
     return f"it is neither safetensors nor a file of torch (it begins with {file[:8]!r})"
-
-
-def _tables(root: Any, is_numpy_allowed: bool) -> dict[str, dict[str, Any]]:
-    """Return every dictionary that holds tensors by name and nothing else, by dotted path."""
-    found: dict[str, dict[str, Any]] = {}
-    is_table: dict[int, bool] = {}  # by identity: a pickle may name one dictionary a million times
-    waiting, characters = deque([("", root, 0)]), 0
-    while waiting:
-        path, value, depth = waiting.popleft()
-        if not isinstance(value, dict):
-            continue
-        is_new = id(value) not in is_table
-        if is_new:
-            is_table[id(value)] = bool(value) and all(
-                isinstance(key, str) and _is_tensor(item, is_numpy_allowed) for key, item in value.items()
-            )
-        if is_table[id(value)]:
-            found[path] = value
-        elif is_new and depth < _DEEPEST_TABLE:
-            for key, item in value.items():
-                if isinstance(key, str) and isinstance(item, dict):
-                    characters += len(path) + len(key)
-                    if characters > _MOST_CHARACTERS:
-                        raise Unreadable(f"the names of its nested tables have more than {_MOST_CHARACTERS} characters")
-                    waiting.append((f"{path}.{key}" if path else key, item, depth + 1))
-    if not found:
-        other = (
-            next((pair for pair in root.items() if not _is_tensor(pair[1], is_numpy_allowed)), None)
-            if isinstance(root, dict)
-            else None
-        )
-        raise _NoTable(
-            "it holds no table of tensors by name. Expected a state_dict, alone or in a checkpoint; "
-            + (
-                f"its entry {str(other[0])[:80]!r} is {_described(other[1])}."
-                if other
-                else f"it is {_described(root)}."
-            )
-        )
-    return found
-
-
-def _is_tensor(item: Any, is_numpy_allowed: bool) -> bool:
-    return isinstance(item, Tensor) or (is_numpy_allowed and isinstance(item, Array) and item.values is not None)
-
-
-def _described(value: Any) -> str:
-    is_known = isinstance(value, Inert) or (isinstance(value, Array) and value.values is None)
-    return value.path if is_known else f"a {type(value).__name__}"
-
-
-def _select(tables: Mapping[str, dict[str, Any]], weights: str, preferred: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the name and contents of the table that is asked for."""
-    counts = [f"{path[:80] or '(its only table)'} ({len(table)} tensors)" for path, table in tables.items()]
-    listed = ", ".join(counts[:_SHOWN]) + (f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else "")
-    base = _preferred(tables, preferred)
-    if weights == "auto":
-        if base is None:
-            raise _NoTable(f"it holds several tables of tensors; say which with weights=NAME: {listed}.")
-        return base, tables[base]
-    named = [path for path in tables if weights == path] or [path for path in tables if path.endswith(f".{weights}")]
-    if len(named) == 1:
-        return named[0], tables[named[0]]
-    table = tables[base] if base is not None and not named else {}
-    for separator in "./":
-        start = f"{weights}{separator}"
-        inner = {name.removeprefix(start): item for name, item in table.items() if name.startswith(start)}
-        if inner:
-            return weights, inner
-    starts = list(dict.fromkeys(name.replace("/", ".").partition(".")[0][:80] for name in table))
-    shown = f" Its names begin with: {', '.join(starts[:_SHOWN])}." if starts else ""
-    why = "several tables end so" if named else "there is no such table"
-    raise _NoTable(f"weights={weights!r}: {why}. It holds {listed}; name one of them or use weights=auto.{shown}")
-
-
-def _preferred(tables: Mapping[str, Any], preferred: Sequence[str]) -> str | None:
-    if len(tables) == 1:
-        return next(iter(tables))
-    for name in preferred:
-        for path in tables:
-            if path.rpartition(".")[2] == name:
-                return path
-    return None

@@ -140,25 +140,90 @@ def test_a_training_checkpoint_gives_its_averaged_weights_or_those_that_are_name
     path = save(tmp_path / "checkpoint-last.pth", tables | _training_metadata())
     assert open_tensors(path).table == "model_ema" and read_tensors(path)["w"][0] == 2
     assert read_tensors(path, weights="model")["w"][0] == 1
-    assert read_tensors(path, preferred=("model",))["w"][0] == 1
+    assert read_tensors(path, weights="raw")["w"][0] == 1
+    with pytest.raises(DataError, match=r"EMA.: model_ema \(1 tensors\)\. Which.*weights=raw"):
+        read_tensors(path, preferred=("model",))
     with pytest.raises(
         DataError, match=r"weights='ema': there is no such table. It holds model \(1 tensors\), model_e"
     ):
         read_tensors(path, weights="ema")
 
 
-@pytest.mark.parametrize(
-    ("tree", "table"),
-    [
-        (_one(1), ""),
-        ({"state_dict": _one(1), "epoch": 3}, "state_dict"),
-        ({"model": _one(1), "ema": _one(2), "opt": {"state": {}}}, "ema"),
-        ({"trainer": {"var_wo_ddp": _one(1), "vae_local": _one(2)}, "epoch": 9}, "trainer.var_wo_ddp"),
-        ({"anything": _one(1)}, "anything"),
-    ],
-)
-def test_auto_finds_the_table_where_the_published_trainers_put_it(tmp_path, tree, table):
-    assert open_tensors(save(tmp_path / "w.pth", tree)).table == table
+_AVERAGER = {"decay": 0.999, "num_updates": 7, "name": "ema"}
+_TWICE = {f"{start}.{name}": array for start in ("model", "ema") for name, array in {"a.w": np.ones(2, "f4")}.items()}
+
+AUTO = {
+    "alone": (_one(1), ""),
+    "in a checkpoint": ({"state_dict": _one(1), "epoch": 3}, "state_dict"),
+    "averaged": ({"model": _one(1), "ema": _one(2), "opt": {"state": {}}}, "ema"),
+    "in a trainer": ({"trainer": {"var_wo_ddp": _one(1), "vae_local": _one(2)}, "epoch": 9}, "trainer.var_wo_ddp"),
+    "of any name": ({"anything": _one(1)}, "anything"),
+    "scalars beside": ({"model": _one(1), "model_ema": _AVERAGER | _one(2)}, "model_ema"),
+    "nested": ({"model": _one(1), "ema": {"decay": 0.9, "shadow": _one(2)}}, "ema.shadow"),
+    "nested without saying so": ({"model": _one(1), "averager": {"decay": 0.9, "shadow": _one(2)}}, "averager.shadow"),
+    "ema_state_dict": ({"state_dict": _one(1), "ema_state_dict": _one(2)}, "ema_state_dict"),
+    "model_ema1": ({"model": _one(1), "model_ema1": _one(2)}, "model_ema1"),
+    "EMAModel": ({"model": _one(1), "EMAModel": _one(2)}, "EMAModel"),
+    "a list of one": ({"model": _one(1), "ema": [_one(2)]}, "ema.0"),
+    "a callback": ({"state_dict": _one(1), "callbacks": {"EMACallback": {"w": _one(2)}}}, "callbacks.EMACallback.w"),
+    "in the names": (_TWICE, "ema"),
+    "counters as tensors": ({"state_dict": _one(1), "ema": _one(2) | {"decay": np.array(0.9, "f4")}}, "ema"),
+}  # fmt: skip
+DOUBTFUL = {
+    "two": {"model": _one(1), "model_ema1": _one(2), "model_ema2": _one(3)},
+    "a list of two": {"model": _one(1), "ema": [_one(2), _one(3)]},
+    "tensors without names": {"model": _one(1), "ema": {"shadow_params": [np.ones(2, "f4")], "decay": 0.9}},
+    "an array among them that is none of torch": {"model": _one(1), "ema": _one(2) | {0: np.ones(2, "f4")}},
+    "averaged weights and a backup": {"model": _one(1), "ema": {"shadow": _one(2), "backup": _one(3)}},
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_finds_the_averaged_table_where_trainers_put_it(tmp_path, name):
+    tree, table = AUTO[name]
+    opened = open_tensors(save(tmp_path / "w.pth", tree))
+    assert opened.table == table
+    assert list(opened.arrays) == [*_one(0)] or table == "ema"
+    assert "decay" not in opened.arrays and (name != "scalars beside" or opened.passed_over[0] == "decay")
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_averaged_weights_that_are_not_taken_stop_with_the_key_that_chooses(tmp_path, name):
+    path = save(tmp_path / "w.pth", DOUBTFUL[name])
+    with pytest.raises(DataError, match=r"looks like averaged weights.*say weights=NAME.*weights=raw"):
+        read_tensors(path)
+    assert read_tensors(path, weights="raw")["w"][0] == 1
+
+
+def _shards(folder: Path, places: dict[str, str], **files: dict[str, np.ndarray]) -> Path:
+    for name, arrays in files.items():
+        safetensors.numpy.save_file(arrays, folder / f"{name}.safetensors")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return path
+
+
+def test_shards_are_read_by_their_index_and_must_hold_what_it_says(tmp_path):
+    one, two = "model-00001-of-00002", "model-00002-of-00002"
+    places = {"ema.a": f"{one}.safetensors", "ema.b": f"{two}.safetensors"}
+    files = {one: {"ema.a": np.ones(2, "f4")}, two: {"ema.b": np.zeros(3, "f4")}}
+    opened = open_tensors(_shards(tmp_path, places, **files))
+    assert {name: array.shape for name, array in opened.arrays.items()} == {"a": (2,), "b": (3,)}
+    assert [shard.name for shard in opened.shards] == list(places.values())
+    with pytest.raises(DataError, match=r"one of several files.*give their \*\.index\.json"):
+        read_tensors(tmp_path / f"{one}.safetensors")
+    for wrong, match in {
+        "lost": ({"ema.a": f"{one}.safetensors"} | {"ema.c": f"{two}.safetensors"}, "differ in ema.b, ema.c"),
+        "outside": ({"ema.a": "../x.safetensors"}, "lie beside"),
+        "missing": ({"ema.a": "none.safetensors"}, "none.safetensors is not a file"),
+        "number": ({"ema.a": 3}, "no table 'weight_map'"),
+    }.values():
+        with pytest.raises(DataError, match=match):
+            read_tensors(_shards(tmp_path, wrong))
+    for text in ("[" * 100_000, '{"a":' * 100_000, "{}", '{"weight_map": {}, "weight_map": {}}', '{"a": 1e999'):
+        (tmp_path / "x.index.json").write_text(text)
+        with pytest.raises(DataError, match=r"index of shards|neither safe"):
+            read_tensors(tmp_path / "x.index.json")
 
 
 def test_tables_by_path_by_last_word_and_by_the_beginning_of_names(tmp_path):
@@ -166,7 +231,7 @@ def test_tables_by_path_by_last_word_and_by_the_beginning_of_names(tmp_path):
     path = save(tmp_path / "w.pth", trainer)
     assert read_tensors(path, weights="var_wo_ddp")["w"][0] == 1
     assert read_tensors(path, weights="trainer.vae_local")["w"][0] == 2
-    with pytest.raises(DataError, match="several tables end so"):
+    with pytest.raises(DataError, match="several tables are named so"):
         read_tensors(path, weights="vae_local")
     with pytest.raises(DataError, match=r"several tables of tensors.*say which"):
         read_tensors(save(tmp_path / "two.pth", {"a": _one(1), "b": _one(2)}))

@@ -4,12 +4,14 @@ A family is one file of this folder with `entries(...)` and one line in a table 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ear_jax.config import derive
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError, DataError
+from ear_jax.weights.apply import behind
 from ear_jax.weights.entries import Entry
 from ear_jax.weights.families import dit, kl_vae, masked, var, vqvae
 
@@ -19,11 +21,14 @@ PREFERRED_GENERATOR = ("model_ema", "ema", "model", "state_dict", "var_wo_ddp")
 PREFERRED_TOKENIZER = ("model", "state_dict", "vae_local", "model_ema", "ema")
 """Tables of a tokenizer's file, best first, as the published loaders take them."""
 
-WRAPPERS = ("module.", "_orig_mod.")
-"""What distributed training and compilation put in front of every name."""
+WRAPPERS = ("module.", "model.", "ema_model.", "online_model.", "ema.", "model_ema.")
+"""What trainers put in front of every name."""
 
-TRAINING_ONLY = ("loss.", "model_ema.")
-"""Beginnings of names that a tokenizer's file may hold beside its weights: discriminator, LPIPS, running averages."""
+_INNER_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What compilation, sharding and recomputation put in front of a module's name, anywhere."""
+
+TRAINING_ONLY = ("loss.",)
+"""Beginnings of names that a tokenizer's file may hold beside its weights: discriminator and LPIPS."""
 
 _CLASS_TABLES = {
     # name, and the rows after the classes for the unconditional case
@@ -72,11 +77,15 @@ def tokenizer_files(config: Config) -> str:
 
 
 def bare_names(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arrays under the names of the model itself, without what wraps every one of them."""
-    named = dict(arrays)
-    for wrapper in WRAPPERS * 2:
-        if named and all(name.startswith(wrapper) for name in named):
-            named = {name.removeprefix(wrapper): array for name, array in named.items()}
+    """Return arrays under the names of the model itself, without what wraps them; DataError when two become one."""
+    named = {_INNER_WRAPPERS.sub("", name): array for name, array in arrays.items()}
+    if len(named) != len(arrays):
+        raise DataError("Arrays of the file differ in wrappers of their names alone (_orig_mod. and its like).")
+    for _ in range(4):
+        wrapper = next((one for one in WRAPPERS if named and all(name.startswith(one) for name in named)), None)
+        if wrapper is None:
+            break
+        named = {name.removeprefix(wrapper): array for name, array in named.items()}
     return named
 
 
@@ -84,7 +93,10 @@ def class_count(config: Config, arrays: Mapping[str, Any]) -> int:
     """Return the number of classes that a generator's file was trained on; DataError when its table is missing."""
     name, others = _CLASS_TABLES[config.generator.backbone.name]
     if name not in arrays or arrays[name].ndim != 2 or len(arrays[name]) <= others:
-        raise DataError(f"The weights have no table of classes {name!r}; they are not of the configured family.")
+        raise DataError(
+            f"The weights have no table of classes {name!r}; they are not of the configured family."
+            + behind(name, arrays)
+        )
     return len(arrays[name]) - others
 
 
