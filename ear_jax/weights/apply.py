@@ -94,7 +94,7 @@ def ours_of(
             "the file:\n  "
             + "\n  ".join(table[:_SHOWN])
             + more
-            + next((hint for entry in chosen for name in entry.theirs if (hint := behind(name, theirs))), "")
+            + next(filter(None, (behind(name, theirs) for entry in chosen[:_SHOWN] for name in entry.theirs)), "")
         )
     return Moved(theirs, chosen, True, expected)
 

@@ -43,7 +43,7 @@ def views(path: str | os.PathLike[str], file: mmap) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "numpy"):
             start = 8 + int.from_bytes(file[:8], "little")
-            header = json.loads(file[8:start], object_pairs_hook=unique)
+            header = json.loads(file[8:start].decode("utf-8"), object_pairs_hook=unique)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise Unreadable(f"its header is not sound ({str(error)[:160]})") from None
     header.pop("__metadata__", None)

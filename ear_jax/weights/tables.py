@@ -97,21 +97,25 @@ def choose(found: Found, weights: str, preferred: Sequence[str], setting: str) -
     base = _preferred(trained, preferred)
     if weights in ("auto", "raw"):
         averaged = {path: table for path, table in tables.items() if looks_averaged(path)}
-        inner = _beginnings(trained[base]) if base is not None else {}
-        averaged |= {start: _after(trained[base or ""], start) for start in inner if looks_averaged(start)}
-        left = {n: t for n, t in trained.get(base or "", {}).items() if not looks_averaged(_beginning(n))}
+        left: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {}
+        for name, tensor in trained.get(base, {}).items() if base is not None else ():
+            start = _beginning(name)
+            if looks_averaged(start):  # in one pass: a table may have as many beginnings as names
+                inner.setdefault(start, {})[name[len(start) + 1 :]] = tensor
+            else:
+                left[name] = tensor
+        nameless = [*found.unnamed, *(averaged.keys() & inner.keys())]
+        averaged |= inner
         is_wanted = looks_averaged(preferred[0]) or not (left.keys() - set(_COUNTERS) or len(trained) > 1)
-        if weights == "auto" and len(averaged) == 1 and is_wanted and not found.unnamed:
+        if weights == "auto" and len(averaged) == 1 and is_wanted and not nameless:
             return _without_counters(found, *next(iter(averaged.items())))
-        if weights == "auto" and (averaged or found.unnamed):
-            lists = "".join(f", {path[:80]} (tensors without names)" for path in found.unnamed[:_SHOWN])
-            options = ", ".join(
-                f"{path[:80]} ({len(table)} tensors)" for path, table in list(averaged.items())[:_SHOWN]
-            )
+        if weights == "auto" and (averaged or nameless):
+            lists = [f"{path[:80]} (not a table of its own)" for path in nameless[:_SHOWN]]
+            listed = ", ".join([_listed(averaged), *lists] if averaged else lists)
             raise NoTable(
-                f"it holds what looks like averaged weights (EMA): {(options + lists).removeprefix(', ')}. Which to take "
-                f"is not guessed: say {setting}=NAME for one of those with names, or {setting}=raw for the weights as "
-                "they were trained."
+                f"it holds what looks like averaged weights (EMA): {listed}. Which to take is not guessed: "
+                f"say {setting}=NAME for one with names, or {setting}=raw for the weights as they were trained."
             )
         if base is not None and left:
             return _without_counters(found, base, left)

@@ -120,7 +120,7 @@ def _sharded(path: Path, file: mmap) -> tuple[dict[str, np.ndarray], tuple[Path,
     if len(file) > _LARGEST_INDEX:
         raise Unreadable(f"an index of {len(file)} bytes; at most {_LARGEST_INDEX} are read")
     try:
-        places = json.loads(file[:], object_pairs_hook=safetensors_file.unique).get("weight_map")
+        places = json.loads(file[:].decode("utf-8"), object_pairs_hook=safetensors_file.unique).get("weight_map")
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"it is no index of shards in JSON ({str(error)[:80]})") from None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
@@ -130,7 +130,7 @@ def _sharded(path: Path, file: mmap) -> tuple[dict[str, np.ndarray], tuple[Path,
         names.setdefault(place, set()).add(name)
     arrays: dict[str, np.ndarray] = {}
     for place, wanted in names.items():
-        if place != Path(place).name or place in ("", "..") or not place.isprintable():
+        if place != Path(place).name or place in ("", "..") or not place.isprintable() or len(place) > 200:
             raise Unreadable(f"it names the file {place[:80]!r}; shards lie beside their index")
         shard = map_file(path.parent / place)
         if shard[:4] == torch_file.ZIP_MAGIC or shard[:15] == torch_file.LEGACY_MAGIC:

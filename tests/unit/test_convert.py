@@ -203,6 +203,35 @@ def test_a_trainers_checkpoint_holds_both_and_its_wrappers_are_taken_off(tmp_pat
     assert found["quantiser/codebook"].tobytes() == weights.tokenizer["quantize.embedding.weight"].tobytes()
 
 
+def test_averaged_weights_of_wrapped_names_are_taken_or_said(tmp_path, capsys):
+    """Compiled, sharded, recomputed, by Lightning; averaged ones in a safetensors file's names; a tokenizer's."""
+    weights, other = published("var"), published("var", seed=9).generator
+    inner = {
+        name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): a for name, a in weights.generator.items()
+    }
+    averaged = {f"ema.model._fsdp_wrapped_module._orig_mod.{name}": array for name, array in inner.items()}
+    safetensors_file.write(tmp_path / "both.safetensors", averaged | {f"model.{n}": a for n, a in other.items()})
+    safetensors_file.write(
+        tmp_path / "part.safetensors", {f"net.{n}": a for n, a in other.items()} | {"x.y": other["pos_1LC"]}
+    )
+    one = {"model": weights.tokenizer, "ema": {"decay": 0.9, "shadow": weights.tokenizer}}
+    save(tmp_path / "vae.pth", one)
+    part, both, vae = (tmp_path / name for name in ("part.safetensors", "both.safetensors", "vae.pth"))
+    assert _convert(tmp_path, "var", f"checkpoint={part}", f"tokenizer={vae}", "tokenizer_weights=raw") == 65
+    assert "config.convert.weights=net" in capsys.readouterr().err
+    assert _convert(tmp_path, "var", f"checkpoint={both}", f"tokenizer={vae}") == 65
+    assert "config.convert.tokenizer_weights=raw" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert _convert(tmp_path, "var", f"checkpoint={both}", f"tokenizer={vae}", "tokenizer_weights=ema") == 0
+    shown = capsys.readouterr().out
+    assert (
+        "table ema" in shown
+        and "without their wrappers" in shown
+        and "passed over beside the tensors: decay" not in shown
+    )
+    found = model_folder.read(tmp_path / "out").tensors["generator"]
+    _same(_generator_file(_config("var"), found), weights.generator)
+
+
 def test_a_converted_model_samples_from_the_command_line_and_from_python(tmp_path, capsys):
     weights = published("ear")
     (tmp_path / "names.txt").write_text("cat\ndog\ncrème\n", "utf-8")

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import tarfile
 import time
@@ -781,3 +782,27 @@ def test_damage_anywhere_is_a_refusal_or_changes_no_weight(tmp_path):
         else:
             assert list(found) == ["w"] and found["w"].tobytes() == wanted, position
     assert refused > len(whole) / 2
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(4000, marks=pytest.mark.slow)])
+def test_thousands_of_hostile_files_take_no_more_than_their_size_asks(tmp_path, count):
+    """Each is read or refused within limits of memory and time, in a process of its own; nothing is run or imported."""
+    (tmp_path / "files").mkdir()
+    script = [sys.executable, str(Path(__file__).with_name("weights_fuzz.py")), str(count), str(count)]
+    done = subprocess.run([*script, str(tmp_path / "files")], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and f"{count} files" in done.stdout, done.stderr[-2000:]
+
+
+def test_as_many_beginnings_as_names_and_as_many_tables_as_keys_take_linear_time(tmp_path):
+    many = {f"ema{number}.w": np.ones(1, np.float32) for number in range(3000)}
+    header = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in many}
+    (tmp_path / "w.safetensors").write_bytes(_safetensors(header))
+    item = tensor_code(FLOAT, "0", 4, 0, (4,), (1,)) + b"q\x000"
+    table = b"}(" + b"".join(encode(f"{number:06}", {}) + b"h\x00" for number in range(3000)) + b"uq\x010"
+    root = b"}(" + b"".join(encode(f"ema{number:06}", {}) + b"h\x01" for number in range(3000)) + b"u"
+    write_archive(tmp_path / "w.pth", b"\x80\x02" + item + table + root + b".", {"0": FOUR})
+    started = time.monotonic()
+    for name, match in {"w.safetensors": "ema0", "w.pth": "ema000000"}.items():
+        with pytest.raises(DataError, match=rf"looks like averaged.*: {match} "):
+            read_tensors(tmp_path / name)
+    assert time.monotonic() - started < 3
