@@ -66,15 +66,20 @@ def find(root: Any, is_numpy_allowed: bool) -> Found:
         table = seen[id(value)]
         if table is not None:
             found.tables[path], found.passed_over[path] = table
-        elif looks_averaged(path) and any(_is_tensor(item, is_numpy_allowed) for _, item in items):
+            continue
+        is_averaged = looks_averaged(path)
+        is_deepest = depth >= _DEEPEST_TABLE and any(_is_full(item) for _, item in items)
+        if is_averaged and (is_deepest or any(_is_tensor(item, is_numpy_allowed) for _, item in items)):
             found.unnamed.append(path)
-        elif depth < _DEEPEST_TABLE:
-            for key, item in items:
-                if _is_full(item) and isinstance(key, str if isinstance(value, dict) else int):
-                    characters += len(path) + len(str(key))
-                    if characters > _MOST_CHARACTERS:
-                        raise Unreadable(f"the names of its nested tables have more than {_MOST_CHARACTERS} characters")
-                    waiting.append((f"{path}.{key}" if path else str(key), item, depth + 1))
+            continue
+        found.unnamed.extend(str(key) for key, item in items if _is_vector(item) and looks_averaged(str(key)[:80]))
+        kinds = str | int if is_averaged or not isinstance(value, dict) else str
+        for key, item in items if depth < _DEEPEST_TABLE else ():
+            if _is_full(item) and isinstance(key, kinds):
+                characters += len(path) + len(str(key))
+                if characters > _MOST_CHARACTERS:
+                    raise Unreadable(f"the names of its nested tables have more than {_MOST_CHARACTERS} characters")
+                waiting.append((f"{path}.{key}" if path else str(key), item, depth + 1))
     if not found.tables:
         raise NoTable(_no_table(root, is_numpy_allowed))
     return found
@@ -214,6 +219,12 @@ def _table(items: list[tuple[Any, Any]], is_numpy_allowed: bool) -> tuple[dict[s
 
 def _is_tensor(item: Any, is_numpy_allowed: bool) -> bool:
     return isinstance(item, Tensor) or (is_numpy_allowed and isinstance(item, Array) and item.values is not None)
+
+
+def _is_vector(item: Any) -> bool:
+    """Tell whether something may hold averaged weights without being a table: a vector, or a record not looked into."""
+    is_record = isinstance(item, Inert) and item.path in ("argparse.Namespace", "types.SimpleNamespace")
+    return is_record or (isinstance(item, Tensor) and math.prod(item.shape) > 1)
 
 
 def _described(value: Any) -> str:

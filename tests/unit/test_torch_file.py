@@ -166,6 +166,7 @@ AUTO = {
     "model_ema1": ({"model": _one(1), "model_ema1": _one(2)}, "model_ema1"),
     "EMAModel": ({"model": _one(1), "EMAModel": _one(2)}, "EMAModel"),
     "a list of one": ({"model": _one(1), "ema": [_one(2)]}, "ema.0"),
+    "by a number": ({"model": _one(1), "ema": {0: _one(2)}}, "ema.0"),
     "a callback": ({"state_dict": _one(1), "callbacks": {"EMACallback": {"w": _one(2)}}}, "callbacks.EMACallback.w"),
     "in the names": (_TWICE, "ema"),
     "counters as tensors": ({"state_dict": _one(1), "ema": _one(2) | {"decay": np.array(0.9, "f4")}}, "ema"),
@@ -175,6 +176,9 @@ DOUBTFUL = {
     "a list of two": {"model": _one(1), "ema": [_one(2), _one(3)]},
     "tensors without names": {"model": _one(1), "ema": {"shadow_params": [np.ones(2, "f4")], "decay": 0.9}},
     "an array among them that is none of torch": {"model": _one(1), "ema": _one(2) | {0: np.ones(2, "f4")}},
+    "a vector": {"model": _one(1), "ema": np.ones(9, "f4")},
+    "a record": {"model": _one(1), "ema": Raw(b"cargparse\nNamespace\n)\x81}b"), "args": None},
+    "too deep": {"model": _one(1), "a": {"b": {"ema": {"c": {"d": _one(2)}}}}},
     "averaged weights and a backup": {"model": _one(1), "ema": {"shadow": _one(2), "backup": _one(3)}},
 }
 
