@@ -212,6 +212,8 @@ def _table(items: list[tuple[Any, Any]], is_numpy_allowed: bool) -> tuple[dict[s
     """Return tensors by name and what stands beside them, unless that may be weights too."""
     tensors = {key: item for key, item in items if isinstance(key, str) and _is_tensor(item, is_numpy_allowed)}
     others = [(key, item) for key, item in items if key not in tensors]
+    if is_numpy_allowed and others:  # statistics, not weights: no entry of theirs is beside the point
+        return None
     if not tensors or any(_is_full(item) or isinstance(item, Array | Tensor) for _, item in others):
         return None
     return tensors, tuple(str(key)[:80] for key, _ in others)
