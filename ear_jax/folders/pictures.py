@@ -124,13 +124,9 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", plain).strip("-.")[:40] or "class"
 
 
-def clear_images(folder: str | os.PathLike[str]) -> None:
-    """Delete the images that an earlier `save_images` left in a folder, and nothing else.
-
-    Fewer new images than old ones would otherwise leave a mixture of two models.
-    """
-    for path in Path(folder).glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png"):
-        path.unlink(missing_ok=True)
+def sample_name(index: int, class_name: str) -> str:
+    """Return the name of a single image's file."""
+    return f"{index:06d}_{safe_name(class_name)}.png"
 
 
 def save_images(
@@ -159,7 +155,7 @@ def save_images(
     paths = []
     for offset, (image, label) in enumerate(zip(array, labels, strict=True)):
         name = class_names[int(label)] if class_names is not None and not isinstance(label, str) else str(label)
-        path = Path(folder) / f"{start_index + offset:06d}_{safe_name(name)}.png"
+        path = Path(folder) / sample_name(start_index + offset, name)
         _save_png(path, Image.fromarray(image))
         paths.append(path)
     return paths

@@ -96,12 +96,3 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="Cannot write"):
         pictures.save_grid(tmp_path / "file" / "grid.png", _images(1, 8))
-
-
-def test_old_images_make_room_for_new_ones_and_nothing_else_is_touched(tmp_path):
-    images = np.zeros((3, 4, 4, 3), np.uint8)
-    pictures.save_images(tmp_path, images, [0, 1, 2])
-    (tmp_path / "notes.png").write_bytes(b"mine")
-    pictures.clear_images(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.png"]
-    pictures.clear_images(tmp_path / "absent")
