@@ -69,7 +69,7 @@ def sample(config: Config, model: str, folder: Path) -> Path:
     finally:
         lock.release()
     first = images.first(GRID_IMAGES)
-    columns = min(GRID_COLUMNS, len(chosen)) if len(chosen) > 1 else None
+    columns = pictures.class_columns(len(chosen), len(first), GRID_COLUMNS)
     titles = [loaded.class_names[label] for label in labels[: len(first)]]
     pictures.save_grid(grid, first, columns=columns, titles=titles)
     print(f"samples     {settings.count} images in {folder}, the first {len(first)} in grid.png", flush=True)
