@@ -179,11 +179,12 @@ def _runs(text: str) -> tuple[tuple[str, ImageFont.FreeTypeFont], ...]:
 
 @functools.cache
 def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    def shape(text: str) -> tuple[tuple[int, int], bytes]:
-        mask = font.getmask(text)
-        return mask.size, bytes(mask)
+    def drawn(text: str) -> bytes:
+        picture = Image.new("L", (4 * _TITLE_PX, 2 * _TITLE_PX))
+        ImageDraw.Draw(picture).text((0, 0), text, fill=255, font=font)
+        return picture.tobytes()
 
-    return character.isspace() or shape(character) != shape(_IN_NO_FONT)
+    return character.isspace() or drawn(character) != drawn(_IN_NO_FONT)
 
 
 def _save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
