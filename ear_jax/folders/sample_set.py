@@ -59,6 +59,11 @@ class SampleSet:
         """Make the folder and record what its images are made from; raises StorageError."""
         write_json(self.folder / RECORD, request)
 
+    def sweep(self) -> None:
+        """Delete what a killed process left half written; only while nobody else writes here."""
+        for path in self.folder.glob(".*.writing"):
+            path.unlink(missing_ok=True)
+
     def missing(self, batch_size: int) -> list[tuple[int, int]]:
         """Return the ranges (first, end) to draw: of whole batches, as an image's last bits may depend on them."""
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()

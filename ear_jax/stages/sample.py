@@ -64,6 +64,7 @@ def sample(config: Config, model: str, folder: Path) -> Path:
     for line in lock.acquire(uuid.uuid4().hex[:12]):
         print(line, flush=True)
     try:
+        images.sweep()
         _draw(loaded, config, images, missing)
         images.finish()
     finally:

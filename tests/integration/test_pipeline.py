@@ -281,6 +281,7 @@ def test_an_interrupted_set_goes_on_where_it_was_and_other_requests_go_elsewhere
         (half / "000007_star.png").unlink()  # a killed process leaves part of a batch
     else:
         os.truncate(half / "samples_19.partial", 7 * PX * PX * 3 + 5)
+    (half / ".samples_19.npz.1.writing").write_bytes(b"cut")
     limit = 99
     assert sample(config, str(model.path), half) == half
     assert drawn[5:] == [4, 4, 4, 4, 4, 3], "the batch that was cut is drawn again"
