@@ -119,5 +119,5 @@ def _report(root: Path, rows: list[dict[str, Any]], judge: Judge, times: dict[st
         for name in ("rfd", "psnr", "decode_ms")
         if all(name in line for line in summary)
     }
-    report.bars(root / "study.png", [line["arm"] for line in summary], panels)
+    report.dots(root / "study.png", [line["arm"] for line in summary], panels)
     return result

@@ -100,15 +100,20 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def bars(path: Path, names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Write one bar chart a panel, with error bars: panel title -> (mean, standard deviation) a name."""
+def dots(path: Path, names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Write one panel a title with a dot and its error bar a name: panel title -> (mean, standard deviation) a name.
+
+    Dots, because bars must begin at 0, which hides small differences of large numbers.
+    """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(1.2 + 3.4 * len(panels), 3.6), squeeze=False)
     for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
         means, spreads = zip(*values, strict=True)
-        axis.barh(range(len(names)), means, xerr=spreads, color="#4c72b0", ecolor="#333333", capsize=2)
+        axis.errorbar(means, range(len(names)), xerr=spreads, fmt="o", color="#4c72b0", ecolor="#333333", capsize=3)
         axis.set_yticks(range(len(names)), names if axis is axes[0][0] else [""] * len(names))
-        axis.invert_yaxis()
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.margins(x=0.15)
+        axis.grid(axis="x", alpha=0.3)
         axis.set_title(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

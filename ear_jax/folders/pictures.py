@@ -1,12 +1,16 @@
 """Arrays of images to picture files: THE conversion to uint8, grids for people, files and .npz for evaluators."""
 
+import functools
+import importlib.util
+import itertools
 import logging
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -18,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 _GAP_PX = 2
 _TITLE_PX = 16
 _CELL_PX = 128
+_IN_NO_FONT = "\U0010fffd"
 
 FloatImages = Float[np.ndarray, "*batch h w 3"] | Float[Array, "*batch h w 3"]
 AnyImages = FloatImages | UInt8[np.ndarray, "*batch h w 3"] | UInt8[Array, "*batch h w 3"]
@@ -46,6 +51,17 @@ def _as_uint8(images: AnyImages) -> UInt8[np.ndarray, "*batch h w 3"]:
 def default_columns(count: int) -> int:
     """Return the column count that makes a grid of `count` cells about square."""
     return max(1, math.ceil(math.sqrt(count)))
+
+
+def class_columns(classes: int, count: int, most: int) -> int | None:
+    """Return the columns of `count` cells whose classes take turns: one a class, or the class list several times.
+
+    With few classes the list is repeated until the sheet is about square, so that it wraps instead of growing into a
+    ribbon; a column still holds one class. None (square) for a single class.
+    """
+    if classes == 1:
+        return None
+    return min(most, classes) * max(1, round(math.sqrt(count) / min(most, classes)))
 
 
 def _layout(
@@ -103,14 +119,72 @@ def save_grid(
     canvas, corners = _layout(array, columns or default_columns(len(array)), _TITLE_PX if titles is not None else 0)
     picture = Image.fromarray(canvas)
     if titles is not None:
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=_TITLE_PX - 5)
-        for (left, top), title in zip(corners, titles, strict=True):
-            text = title.encode("utf-8", "replace").decode("utf-8")
-            while text and draw.textlength(text, font=font) > array.shape[2]:
-                text = text[:-1]
-            draw.text((left, top), text, fill=(0, 0, 0), font=font)
+        _write_titles(picture, corners, titles, array.shape[2])
     _save_png(path, picture)
     return Path(path)
+
+
+def titled_rows(rows: Mapping[str, AnyImages]) -> UInt8[np.ndarray, "H W 3"]:
+    """Arrange one row of images under each title, tiny ones enlarged; floats are in [-1, 1]."""
+    strips = []
+    for title, images in rows.items():
+        array = enlarge(images)
+        canvas, corners = _layout(array, len(array), _TITLE_PX)
+        picture = Image.fromarray(canvas)
+        _write_titles(picture, corners[:1], [title], canvas.shape[1] - _GAP_PX)
+        strips.append(np.asarray(picture))
+    return np.concatenate(strips)
+
+
+def _write_titles(picture: Image.Image, corners: Sequence[tuple[int, int]], titles: Sequence[str], width: int) -> None:
+    draw = ImageDraw.Draw(picture)
+    for (left, top), title in zip(corners, titles, strict=True):
+        text = title.encode("utf-8", "replace").decode("utf-8")
+        while text and sum(draw.textlength(part, font=font) for part, font in _runs(text)) > width:
+            text = text[:-1]
+        # From the baseline up, where the default font has it: fonts with tall lines would leave the strip.
+        at, baseline = float(left), top + _fonts()[0].getmetrics()[0]
+        for part, font in _runs(text):
+            draw.text((at, baseline), part, fill=(0, 0, 0), font=font, anchor="ls")
+            at += draw.textlength(part, font=font)
+
+
+@functools.cache
+def _fonts() -> tuple[ImageFont.FreeTypeFont, ...]:
+    """Return Pillow's own font (ASCII) and those of font packages: accents, Greek and Cyrillic; then CJK, an extra."""
+    size_px = _TITLE_PX - 5
+    found = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size_px))]
+    for package in ("fontpkg_noto_sans", "cvttf_NotoSansCJK_Regular"):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            files = sorted(p for p in Path(spec.origin).parent.rglob("*.[to]tf") if "Italic" not in p.name)
+            found += [ImageFont.truetype(file, size_px) for file in files[:1]]
+    return tuple(found)
+
+
+@functools.cache
+def _runs(text: str) -> tuple[tuple[str, ImageFont.FreeTypeFont], ...]:
+    """Return the text with the first font that has all of it, else in pieces with the first font for each character."""
+    fonts = _fonts()
+    whole = next((font for font in fonts if all(_has(font, character) for character in text)), None)
+    if whole is not None:
+        return ((text, whole),)
+    chosen = [next((i for i, font in enumerate(fonts) if _has(font, character)), None) for character in text]
+    if lacking := "".join(dict.fromkeys(c for c, i in zip(text, chosen, strict=True) if i is None)):
+        hint = " Chinese, Japanese and Korean come with ear_jax[fonts]." if len(fonts) < 3 else ""
+        _LOG.warning("no font here has %s of %r: boxes are drawn.%s", lacking, text, hint)
+    pieces = itertools.groupby(zip(text, chosen, strict=True), key=lambda pair: pair[1])
+    return tuple(("".join(character for character, _ in piece), fonts[i or 0]) for i, piece in pieces)
+
+
+@functools.cache
+def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    def drawn(text: str) -> bytes:
+        picture = Image.new("L", (4 * _TITLE_PX, 2 * _TITLE_PX))
+        ImageDraw.Draw(picture).text((0, 0), text, fill=255, font=font)
+        return picture.tobytes()
+
+    return character.isspace() or drawn(character) != drawn(_IN_NO_FONT)
 
 
 def _save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
@@ -124,13 +198,9 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", plain).strip("-.")[:40] or "class"
 
 
-def clear_images(folder: str | os.PathLike[str]) -> None:
-    """Delete the images that an earlier `save_images` left in a folder, and nothing else.
-
-    Fewer new images than old ones would otherwise leave a mixture of two models.
-    """
-    for path in Path(folder).glob("[0-9][0-9][0-9][0-9][0-9][0-9]_*.png"):
-        path.unlink(missing_ok=True)
+def sample_name(index: int, class_name: str) -> str:
+    """Return the name of a single image's file."""
+    return f"{index:06d}_{safe_name(class_name)}.png"
 
 
 def save_images(
@@ -159,7 +229,7 @@ def save_images(
     paths = []
     for offset, (image, label) in enumerate(zip(array, labels, strict=True)):
         name = class_names[int(label)] if class_names is not None and not isinstance(label, str) else str(label)
-        path = Path(folder) / f"{start_index + offset:06d}_{safe_name(name)}.png"
+        path = Path(folder) / sample_name(start_index + offset, name)
         _save_png(path, Image.fromarray(image))
         paths.append(path)
     return paths

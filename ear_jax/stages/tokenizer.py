@@ -25,6 +25,7 @@ from ear_jax.training.step import TrainState
 from ear_jax.types import Tokens
 
 GRID_IMAGES = 12
+ROWS = {"original": "original", "full": "from all tokens", "coarse": "from coarse tokens alone"}
 STATISTICS_IMAGES = 10_000
 SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
 
@@ -49,8 +50,10 @@ def train_tokenizer(session: Session) -> None:
 
     def grid(step: int, state: TrainState) -> dict[str, np.ndarray]:
         rows = reconstruct(_tokenizer_arrays(state), to_float(pictured["image"]))
-        ordered = [np.asarray(rows[name]) for name in ("original", "full", "coarse") if name in rows]
-        picture = pictures.grid(np.concatenate(ordered), columns=GRID_IMAGES)
+        there = pictured["index"] >= 0  # a batch is filled up with repeated images
+        picture = pictures.titled_rows(
+            {title: np.asarray(rows[name])[there] for name, title in ROWS.items() if name in rows}
+        )
         if session.is_first:
             pictures.save_grid(workdir.stage("tokenizer") / "reconstructions.png", picture[None], columns=1)
         return {"reconstructions": picture}

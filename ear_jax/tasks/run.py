@@ -19,11 +19,10 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
         train_tokenizer(session)
         cache_latents(session)
         train_generator(session)
+        samples = session.workdir.samples
         if session.is_first:
-            sample(config, str(session.workdir.model("generator")), session.workdir.samples)
+            samples = sample(config, str(session.workdir.model("generator")), samples)
         from ear_jax.stages.evaluate import evaluate  # the metrics: training must not wait for them
 
         evaluate(session)
-        session.say(
-            f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {session.workdir.samples / 'grid.png'}"
-        )
+        session.say(f"done        in {(time.monotonic() - began) / 60:.1f} min; look at {samples / 'grid.png'}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ear_jax.config.schema import Config
+from ear_jax.distributed.stop_signal import restartable
 from ear_jax.stages.evaluate import evaluate, evaluate_images
 from ear_jax.stages.generator import train_generator
 from ear_jax.stages.latents import cache_latents
@@ -32,7 +33,8 @@ def run_generator(config: Config, workdir: str, *, model: str | None = None) -> 
 
 def run_sample(config: Config, workdir: str, *, model: str | None = None) -> None:
     """Sample from `model`, or from the model of the workdir, into `WORKDIR/samples`."""
-    sample(config, model or workdir, Path(workdir) / "samples")
+    with restartable():
+        sample(config, model or workdir, Path(workdir) / "samples")
 
 
 def run_evaluate(config: Config, workdir: str, *, model: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """A model folder in use: from Python by `ear_jax.load`, and from the command line by sample, bench and show."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from ear_jax import main
 from ear_jax.config import read
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder
+from ear_jax.inference import pipeline
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.sampling import Sampling
+from ear_jax.stages.sample import sample
 from ear_jax.types import Tokens
 
 NAMES = ("circle", "square", "triangle", "star")
@@ -245,6 +248,55 @@ def test_the_sample_task_writes_one_file_for_evaluators(folder, tmp_path, capsys
     images = next(value for value in stored.values() if value.ndim == 4)
     assert (images.shape, images.dtype) == ((6, PX, PX, 3), np.uint8)
     assert any(value.tolist() == [0, 1, 2, 3, 0, 1] for value in stored.values() if value.ndim == 1)
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_an_interrupted_set_goes_on_where_it_was_and_other_requests_go_elsewhere(
+    format, model, tmp_path, capsys, monkeypatch
+):
+    config = dataclasses.replace(
+        CONFIG, sample=dataclasses.replace(CONFIG.sample, count=19, batch_size=4, format=format)
+    )
+    monkeypatch.setattr(pipeline, "load", lambda path: model)
+    draw, drawn, limit = model.sample_batches, [], 9
+
+    def interrupted(labels: np.ndarray, **options: Any) -> Any:
+        for ids, images in draw(labels, **options):
+            if len(drawn) == limit:
+                raise KeyboardInterrupt
+            drawn.append(len(ids))
+            yield ids, images
+
+    def content(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    monkeypatch.setattr(model, "sample_batches", interrupted)
+    whole = sample(config, str(model.path), tmp_path / "whole")
+    assert drawn == [4, 4, 4, 4, 3]
+    limit = 7
+    with pytest.raises(KeyboardInterrupt):
+        sample(config, str(model.path), tmp_path / "parts")
+    half = tmp_path / "parts"
+    if format == "png":
+        (half / "000007_star.png").unlink()  # a killed process leaves part of a batch
+    else:
+        os.truncate(half / "samples_19.partial", 7 * PX * PX * 3 + 5)
+    (half / ".samples_19.npz.1.writing").write_bytes(b"cut")
+    limit = 99
+    assert sample(config, str(model.path), half) == half
+    assert drawn[5:] == [4, 4, 4, 4, 4, 3], "the batch that was cut is drawn again"
+    assert "goes on: 4 of 19 images are there" in capsys.readouterr().out
+    assert content(half) == content(whole), "the same bytes as without an interruption"
+    assert sample(config, str(model.path), half) == half and len(drawn) == 11
+    assert "complete: 19 images" in capsys.readouterr().out
+    other = dataclasses.replace(config, sample=dataclasses.replace(config.sample, seed=5, count=2))
+    before = content(half)
+    beside = sample(other, str(model.path), half)
+    assert beside.parent == half.parent and beside.name.startswith("parts-") and content(half) == before
+    assert "of another request (count 19 → 2; seed 0 → 5); they are kept" in capsys.readouterr().out
+    assert sample(other, str(model.path), half) == beside and len(drawn) == 12, "found again"
+    (half / "made_from.json").unlink()
+    assert sample(config, str(model.path), half) not in (half, beside), "images of an earlier version are kept too"
 
 
 def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_and_from_python(

@@ -12,7 +12,8 @@ from unittest import mock
 
 import pytest
 import tiny
-from tiny import SMALLEST_ARGUMENTS, Programs, one_device_mesh, updates
+from PIL import Image
+from tiny import SMALLEST, SMALLEST_ARGUMENTS, Programs, one_device_mesh, updates
 
 from ear_jax.checkpoint.store import TEMPORARY
 from ear_jax.errors import NonFiniteError
@@ -21,12 +22,14 @@ from ear_jax.stages import session, tokenizer
 from ear_jax.training import ledger
 
 STEPS = 24
+PX = SMALLEST["data__image_px"]
 RECIPE = (
     f"--config={tiny.__file__}",
     "--task=tokenizer",
     "--config.tokenizer.name=lite_vae",
     *SMALLEST_ARGUMENTS,
     f"--config.tokenizer_training.steps={STEPS}",
+    "--config.data.eval_images=5",
 )
 OFTEN = "--config.tokenizer_training.checkpoint_every_steps=2"
 PATIENCE_S = 300.0
@@ -132,6 +135,14 @@ def test_sigterm_then_a_kill_during_a_save_then_the_end_equal_the_run_without_th
 def sealed(folder: Path) -> bytes:
     """Return the digests of every array of the last checkpoint."""
     return (folder / "tokenizer" / "checkpoints" / str(STEPS) / "digests" / "metadata").read_bytes()
+
+
+def test_the_reconstructions_show_every_held_out_image_once_under_titles(finished):
+    cell_px = 128 // PX * PX
+    with Image.open(finished / "tokenizer" / "reconstructions.png") as sheet:
+        # Five images though a batch has twelve rows; originals and all tokens, as this tokenizer has no coarse ones.
+        row_px = 16 + cell_px + 4
+        assert sheet.size == (5 * (cell_px + 2) + 2 + 4, 2 * row_px + 4)
 
 
 def test_a_complete_stage_is_skipped(finished, capsys):

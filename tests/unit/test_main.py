@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, mistakes, exit statuses, and how long an answer takes."""
 
+import errno
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ import pytest
 
 from ear_jax import command_line, main, tasks
 from ear_jax.config import read
-from ear_jax.errors import ConfigError, DataError, PreemptedError, StorageError
+from ear_jax.errors import CheckError, ConfigError, DataError, NonFiniteError, PreemptedError, StorageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = "--config=configs/lite_hybrid.py"
@@ -126,11 +127,28 @@ def test_help_lists_tasks_recipes_and_keys(capsys: pytest.CaptureFixture[str]) -
     assert "Did you mean sample" in capsys.readouterr().err
 
 
-def test_help_ends_quietly_when_its_reader_leaves() -> None:
-    command = f'"{sys.executable}" -m ear_jax.main --help=all | head -n 1'
-    answer = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
-    assert answer.stdout.startswith("--config.name=")
-    assert answer.stderr == ""
+@pytest.mark.parametrize(
+    ("shell", "status", "words"),
+    [
+        ("--help=all | head -n 1", 0, ""),
+        ("--task=show TINY | head -c 0", 74, "Nobody reads standard output"),
+        ("--help >/dev/full", 74, "Standard output cannot be written: No space left"),
+        ("--help >&-", 74, "Standard output is closed"),
+        ("--help >/dev/full 2>&1", 74, ""),
+        ("--help >&- 2>&-", 74, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_sentence(shell: str, status: int, words: str) -> None:
+    # A made-up task prints more than any buffer holds, without jax.
+    code = (
+        "import sys, types; from ear_jax import main, tasks; task = types.ModuleType('chatty')\n"
+        "task.run = lambda *_, **__: [print('x' * 99) for _ in range(9999)]\n"
+        "sys.modules['chatty'] = task; tasks.TASKS['show'] = 'chatty:run'; main.leave(main.main())"
+    )
+    command = f'"{sys.executable}" -c "{code}" {shell}; exit ${{PIPESTATUS[0]}}'.replace("TINY", DEMO)
+    answer = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == status, answer.stderr
+    assert words in answer.stderr and answer.stderr.count("\n") == bool(words)
 
 
 def test_every_task_has_a_summary() -> None:
@@ -139,7 +157,15 @@ def test_every_task_has_a_summary() -> None:
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(DataError("d"), 65), (StorageError("s"), 74), (PreemptedError("p"), 75), (KeyboardInterrupt(), 130)],
+    [
+        (DataError("d"), 65),
+        (StorageError("s"), 74),
+        (OSError(errno.ENOSPC, "No space left on device"), 74),
+        (PreemptedError("p"), 75),
+        (NonFiniteError("n"), 76),
+        (CheckError("c"), 79),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_errors_become_exit_statuses(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -155,13 +181,34 @@ def test_errors_become_exit_statuses(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_programming_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programming_faults_keep_their_traceback_and_exit_70(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = types.ModuleType("broken_task")
     module.run = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "broken_task", module)
     monkeypatch.setitem(tasks.TASKS, "run", "broken_task:run")
-    with pytest.raises(ZeroDivisionError):
-        main.main([DEMO])
+    assert main.main([DEMO]) == 70
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_a_missing_accelerator_is_one_sentence() -> None:
+    code = (
+        "import sys, types; from ear_jax import main, tasks\n"
+        "def run(*_, **__): from ear_jax.distributed import process; process.jax.devices()\n"
+        "sys.modules['task'] = types.SimpleNamespace(run=run); tasks.TASKS['run'] = 'task:run'; main.leave(main.main())"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, DEMO, "--config.run.program_cache=off"],
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.returncode == 64, answer.stderr
+    assert answer.stderr.startswith("ConfigError: JAX_PLATFORMS=cuda: JAX cannot start it.")
+    assert answer.stderr.count("\n") == 1
 
 
 def test_a_config_error_is_answered_within_two_seconds() -> None:

@@ -5,7 +5,7 @@ import logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ear_jax.errors import StorageError
 from ear_jax.files import atomic_file
@@ -64,6 +64,37 @@ def test_save_grid_writes_titles_above_and_leaves_the_images_alone(tmp_path):
         pictures.save_grid(path, images, titles=["one"])
 
 
+def test_titles_show_accents_and_east_asian_names_or_say_what_is_missing(tmp_path, monkeypatch, caplog):
+    """Every character is drawn as itself: none looks like the box that stands for a missing one."""
+    titles = ["circle", "Crème brûlée", "čaj ğüş", "Жук", "αβγ", "猫", "苹果", "ねこ", "고양이", "čaj 猫"]
+    with caplog.at_level(logging.WARNING):
+        pictures.save_grid(tmp_path / "grid.png", _images(10, 8), titles=titles)
+    assert caplog.text == ""
+    for title in titles:
+        assert all(pictures._has(font, character) for text, font in pictures._runs(title) for character in text)
+    # ASCII keeps its pixels, whatever else is installed.
+    drawn = Image.new("RGB", (130, 18), "white")
+    ImageDraw.Draw(drawn).text((2, 2), "circle", fill=(0, 0, 0), font=ImageFont.load_default(size=11))
+    assert (np.asarray(Image.open(tmp_path / "grid.png"))[:18, :130] == np.asarray(drawn)).all()
+    only_latin = pictures._fonts()[:2]
+    monkeypatch.setattr(pictures, "_fonts", lambda: only_latin)
+    pictures._runs.cache_clear()
+    pictures.save_grid(tmp_path / "grid.png", _images(1, 8), titles=["猫 a"])
+    pictures._runs.cache_clear()
+    assert "no font here has 猫 of '猫 a'" in caplog.text and "ear_jax[fonts]" in caplog.text
+
+
+def test_rows_have_titles_and_few_classes_wrap_into_a_sheet():
+    images = _images(3, 8)
+    sheet = pictures.titled_rows({"original": images, "from all tokens": images})
+    assert sheet.shape == (2 * (16 + 2 + 128 + 2), 3 * 130 + 2, 3)
+    for top in (2, 150):
+        assert (sheet[top : top + 16] < 100).any(), "a title"
+        assert (sheet[top + 16 : top + 144 : 16, 2:130:16] == images[0]).all()
+    columns = {classes: pictures.class_columns(classes, 100, 10) for classes in (1, 2, 3, 4, 6, 10, 1000)}
+    assert columns == {1: None, 2: 10, 3: 9, 4: 8, 6: 12, 10: 10, 1000: 10}
+
+
 def test_save_images_numbers_and_makes_names_safe(tmp_path):
     images = _images(3, 8)
     names = ["tench, Tinca/tinca", "Crème brûlée", "../\udcff"]
@@ -96,12 +127,3 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="Cannot write"):
         pictures.save_grid(tmp_path / "file" / "grid.png", _images(1, 8))
-
-
-def test_old_images_make_room_for_new_ones_and_nothing_else_is_touched(tmp_path):
-    images = np.zeros((3, 4, 4, 3), np.uint8)
-    pictures.save_images(tmp_path, images, [0, 1, 2])
-    (tmp_path / "notes.png").write_bytes(b"mine")
-    pictures.clear_images(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.png"]
-    pictures.clear_images(tmp_path / "absent")

@@ -335,8 +335,8 @@ def test_a_curve_has_one_point_for_a_number_of_passes(tmp_path, monkeypatch):
 
 
 def test_plots_show_every_panel(tmp_path):
-    report.bars(
-        tmp_path / "bars.png", ["a", "b"], {"PSNR": [(20.0, 1.0), (25.0, 0.0)], "rFD": [(1.0, 0.1), (2.0, 0.2)]}
+    report.dots(
+        tmp_path / "dots.png", ["a", "b"], {"PSNR": [(20.0, 1.0), (25.0, 0.0)], "rFD": [(1.0, 0.1), (2.0, 0.2)]}
     )
     one = {("quality", "passes", "FD"): {"hybrid": [(4.0, 2.0, 0.1), (1.0, 9.0, 0.5)], "fine": [(1.0, 8.0, 0.0)]}}
     report.lines(tmp_path / "lines.png", one)
@@ -348,4 +348,6 @@ def test_plots_show_every_panel(tmp_path):
             columns = (np.abs(shown[name] - color).max(-1) < 8).any(0).nonzero()[0]
             assert columns.max() > 0.85 * shown[name].shape[1], "the legend stands right of all panels"
             assert columns.min() < 0.9 * shown[name].shape[1] / panels, "and the first panel shows the line"
-    assert (np.abs(shown["bars"] - [0x4C, 0x72, 0xB0]).max(-1) < 8).sum() > 1000, "bars are drawn"
+    dots = (np.abs(shown["dots"] - [0x4C, 0x72, 0xB0]).max(-1) < 8).any(0).nonzero()[0]
+    width = shown["dots"].shape[1] / 2
+    assert dots.min() < 0.5 * width < dots[dots < width].max(), "20 and 25 are far apart: no axis begins at 0"
