@@ -136,6 +136,7 @@ def _shown(value: Any) -> str:
 
 
 _FOLDER = Path("configs")
+_TINY = "  ,tiny after a variant (lite_hybrid.py:imagenet256,tiny) shrinks it to run anywhere; not of convert.py"
 
 
 def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
@@ -177,7 +178,7 @@ def listing() -> str:
             variants = f"({error})"
         lines.append(f"  {path}" + (f"  variants: {variants}" if variants else ""))
     return (
-        "\n".join(["Config files here:", *lines])
+        "\n".join(["Config files here:", *lines, _TINY])
         if lines
         else "There is no folder configs/ here; run from the repository."
     )
