@@ -6,6 +6,7 @@ import numpy as np
 
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
+from ear_jax.config.suggest import doubtful_ids
 from ear_jax.errors import ConfigError
 from ear_jax.folders import pictures
 from ear_jax.inference import pipeline
@@ -25,6 +26,8 @@ def sample(config: Config, model: str, folder: Path) -> None:
     """
     loaded = pipeline.load(model)
     settings = config.sample
+    if doubt := doubtful_ids(settings.labels, loaded.class_names):
+        raise ConfigError(f"config.sample.labels: {doubt}")
     chosen = loaded.label_ids(settings.labels) if settings.labels else np.arange(len(loaded.class_names))
     if not len(chosen):
         raise ConfigError("config.sample.labels names no class; expected at least one id.")

@@ -1,0 +1,84 @@
+"""Whether the images are still those that a run was made from: their listing is kept beside what was made of them."""
+
+from collections.abc import Callable
+
+from ear_jax.config.schema import Config
+from ear_jax.data.listing import changes, digest, listing_of, load, save
+from ear_jax.data.open import open_split
+from ear_jax.errors import ConfigError
+from ear_jax.files import digest_of, read_json
+from ear_jax.folders.workdir import Workdir
+
+_FILE = "data.json.gz"
+
+
+def record_data(config: Config, workdir: Workdir) -> None:
+    """Keep the listing of the images that a run begins with, unless there is one."""
+    path = workdir.stage("tokenizer") / _FILE
+    if not path.exists() and (listing := listing_of(config.data)):
+        save(path, config.data.source, listing)
+
+
+def check_data(config: Config, workdir: Workdir, say: Callable[[str], None]) -> str:
+    """Return the `data.source` under which a run knows its images: another one than now, where only the path is new.
+
+    Says so where the path is new or the images are not there to compare with.
+
+    Raises:
+        ConfigError: images were added, removed, moved or changed since the run began; says which, and what to do.
+        DataError: the run's listing is damaged.
+    """
+    kind, _, path = config.data.source.partition(":")
+    record = workdir.stage("tokenizer") / _FILE
+    begun = read_json(workdir.stage("tokenizer") / "made_from.json") or {}
+    known = begun.get("data.source", config.data.source)
+    if kind == "shapes" or known.partition(":")[0] != kind:
+        return config.data.source  # settings, which are compared by name
+    kept = load(record)
+    if kept is None:
+        return _without_listing(config, workdir, known, say)
+    known, before = kept
+    after = listing_of(config.data)
+    if after is None:
+        say(f"warning     {path} is not there: whether the run's images have changed cannot be told")
+        return known
+    if before != after:
+        stages = "{tokenizer,latents,generator,evaluation,samples}"
+        lines = "\n".join(f"  {line}" for line in changes(before, after))
+        raise ConfigError(
+            f"the images of {config.data.source} are not those that {workdir.root} was made from:\n{lines}\n"
+            "Expected the same ones (by name below the folder, and size), since results and checkpoints are of them. Use "
+            "another --workdir for the new images, bring the old ones back, or delete "
+            f"{workdir.root}/{stages} to begin again here. --task=sample needs no images and goes on working."
+        )
+    if known != config.data.source:
+        say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
+    return known
+
+
+def _without_listing(config: Config, workdir: Workdir, known: str, say: Callable[[str], None]) -> str:
+    """Compare the digest that runs of version 0.1.0 kept of their images; they kept no names."""
+    stored = (read_json(workdir.stage("tokenizer") / "complete.json") or {}).get("data_digest")
+    if stored is None:
+        return config.data.source
+    listing = listing_of(config.data)
+    if listing is None:
+        say(f"warning     {config.data.source} is not there: whether the run's images have changed cannot be told")
+        return known
+    if open_split(config.data, "train", seed=config.seed).digest != stored:
+        if known != config.data.source:
+            return config.data.source  # refused as another setting
+        raise ConfigError(
+            f"the images of {config.data.source} are not those that {workdir.root} was made from (digest {stored[:16]}); "
+            "the run kept no list to say which. Use another --workdir, or bring the old images back."
+        )
+    save(workdir.stage("tokenizer") / _FILE, known, listing)
+    if known != config.data.source:
+        say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
+    return known
+
+
+def data_digest(config: Config) -> str:
+    """Return a digest of the images of a configuration by their listing."""
+    listing = listing_of(config.data)
+    return digest_of(config.data.source) if not listing else digest(listing)
