@@ -1,15 +1,18 @@
 """Whether the images are still those that a run was made from: their listing is kept beside what was made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ear_jax.config.schema import Config
+from ear_jax.config.suggest import class_label_faults, doubtful_ids
 from ear_jax.data.listing import changes, digest, listing_of, load, save
 from ear_jax.data.open import open_split
-from ear_jax.errors import ConfigError
+from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import digest_of, read_json
 from ear_jax.folders.workdir import Workdir
 
 _FILE = "data.json.gz"
+LEAST_IMAGES = 2
+"""Fewer have no covariance."""
 
 
 def record_data(config: Config, workdir: Workdir) -> None:
@@ -76,6 +79,42 @@ def _without_listing(config: Config, workdir: Workdir, known: str, say: Callable
     if known != config.data.source:
         say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
     return known
+
+
+def check_enough(config: Config, images: int, held_out: int, class_names: Sequence[str]) -> list[str]:
+    """Say, before anything trains, what so little data does not allow; returns lines about what is left out.
+
+    Raises:
+        DataError: too few images for what the recipe does later on.
+        ConfigError: `config.sample.labels` asks for a class that the data has not.
+    """
+    labels = config.sample.labels
+    if doubt := class_label_faults(labels, class_names) or doubtful_ids(labels, class_names):
+        raise ConfigError(f"config.sample.labels: {doubt}")
+    source = config.data.source
+    if images < LEAST_IMAGES:
+        raise DataError(
+            f"{source} leaves {images} training image; expected at least {LEAST_IMAGES}, as a data set's statistics are "
+            "compared. Give more images, or a smaller config.data.eval_fraction."
+        )
+    if config.stats.split == "eval" and held_out < LEAST_IMAGES and not config.evaluate.reference:
+        raise DataError(
+            f"config.stats.split=eval: {source} holds out {held_out} image, of which no statistics can be made; expected "
+            f"at least {LEAST_IMAGES}. Use config.stats.split=train, a larger config.data.eval_fraction, or more images."
+        )
+    if config.evaluate.samples < LEAST_IMAGES:
+        raise ConfigError(
+            f"config.evaluate.samples={config.evaluate.samples}: a distance needs at least {LEAST_IMAGES} samples."
+        )
+    notes = []
+    if held_out < LEAST_IMAGES:
+        notes.append(f"{held_out} image is held out: distances between sets of reconstructions will be left out")
+    for stage in ("tokenizer_training", "generator_training"):
+        if (size := getattr(config, stage).batch_size) > images:
+            notes.append(f"config.{stage}.batch_size={size} is more than the {images} training images, which repeat in it")
+    if len(class_names) == 1:
+        notes.append("there is one class: guidance and class accuracies mean nothing")
+    return notes
 
 
 def data_digest(config: Config) -> str:
