@@ -99,7 +99,9 @@ def _report(root: Path, rows: list[dict[str, Any]], judge: Judge, times: dict[st
         spread = f"± {noise:.2f} by the seeds" if min(ours["seeds"], plain["seeds"]) > 1 else "one seed"
         verdicts.append(
             f"rFD(Lite-Hybrid) - rFD(LiteVAE) = {gap:+.2f} ({spread}); wanted at most {ALLOWED_LOSS:g}: "
-            + report.unmeasurable("that limit is in units of FID, and this judge measures FD-classifier, which has others")
+            + report.unmeasurable(
+                "that limit is in units of FID, and this judge measures FD-classifier, which has others"
+            )
         )
     text = "\n\n".join(
         [

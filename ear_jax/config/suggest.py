@@ -53,13 +53,13 @@ def class_label_faults(labels: Sequence[Any], class_names: Sequence[str]) -> str
 
 
 def doubtful_ids(labels: Sequence[int | str], class_names: Sequence[str]) -> str:
-    """Return which ids, as a command line writes them, are the name of another class, and how to say which; or nothing."""
+    """Return which id, as a command line writes it, is another class's name too, and how to say which; or nothing."""
     for label in labels:
         if isinstance(label, int) and str(label) in class_names and class_names[label : label + 1] != (str(label),):
             own = class_names[label] if 0 <= label < len(class_names) else "none"
             return (
-                f"{label} is the id of class {own!r} and the name of class {class_names.index(str(label))}. Write names "
-                f"in quotes: --config.sample.labels='\"{label}\"'"
+                f"{label} is the id of class {own!r} and the name of class {class_names.index(str(label))}. Write "
+                f"names in quotes: --config.sample.labels='\"{label}\"'"
                 + (f", or '\"{own}\"' for the other." if 0 <= label < len(class_names) else ".")
             )
     return ""

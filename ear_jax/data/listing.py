@@ -65,7 +65,9 @@ def list_images(root: str) -> Listing | None:
 
 def digest(listing: Listing) -> str:
     """Return a digest of a listing, whatever the order in which it was found."""
-    rows = (f"{folder}\0{name}\0{size}\n" for folder in sorted(listing) for name, size in sorted(listing[folder].items()))
+    rows = (
+        f"{folder}\0{name}\0{size}\n" for folder in sorted(listing) for name, size in sorted(listing[folder].items())
+    )
     return digest_of(*("".join(rows).encode("utf-8", "surrogateescape"),))
 
 
@@ -90,8 +92,8 @@ def load(path: Path) -> tuple[str, Listing] | None:
         return None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as fault:
         raise DataError(
-            f"{path}, the list of the run's images, is damaged ({fault}). Expected what this program wrote: bring back a "
-            "copy, or delete it when you know that the images are the same."
+            f"{path}, the list of the run's images, is damaged ({fault}). Expected what this program wrote: bring back "
+            "a copy, or delete it when you know that the images are the same."
         ) from None
     return source, listing
 

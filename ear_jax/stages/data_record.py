@@ -50,8 +50,8 @@ def check_data(config: Config, workdir: Workdir, say: Callable[[str], None]) -> 
         lines = "\n".join(f"  {line}" for line in changes(before, after))
         raise ConfigError(
             f"the images of {config.data.source} are not those that {workdir.root} was made from:\n{lines}\n"
-            "Expected the same ones (by name below the folder, and size), since results and checkpoints are of them. Use "
-            "another --workdir for the new images, bring the old ones back, or delete "
+            "Expected the same ones (by name below the folder, and size), since results and checkpoints are of them. "
+            "Use another --workdir for the new images, bring the old ones back, or delete "
             f"{workdir.root}/{stages} to begin again here. --task=sample needs no images and goes on working."
         )
     if known != config.data.source:
@@ -72,8 +72,9 @@ def _without_listing(config: Config, workdir: Workdir, known: str, say: Callable
         if known != config.data.source:
             return config.data.source  # refused as another setting
         raise ConfigError(
-            f"the images of {config.data.source} are not those that {workdir.root} was made from (digest {stored[:16]}); "
-            "the run kept no list to say which. Use another --workdir, or bring the old images back."
+            f"the images of {config.data.source} are not those that {workdir.root} was made from "
+            f"(digest {stored[:16]}); the "
+            "run kept no list to say which. Use another --workdir, or bring the old images back."
         )
     save(workdir.stage("tokenizer") / _FILE, known, listing)
     if known != config.data.source:
@@ -94,13 +95,14 @@ def check_enough(config: Config, images: int, held_out: int, class_names: Sequen
     source = config.data.source
     if images < LEAST_IMAGES:
         raise DataError(
-            f"{source} leaves {images} training image; expected at least {LEAST_IMAGES}, as a data set's statistics are "
-            "compared. Give more images, or a smaller config.data.eval_fraction."
+            f"{source} leaves {images} training image; expected at least {LEAST_IMAGES}, as a data set's statistics "
+            "are compared. Give more images, or a smaller config.data.eval_fraction."
         )
     if config.stats.split == "eval" and held_out < LEAST_IMAGES and not config.evaluate.reference:
         raise DataError(
-            f"config.stats.split=eval: {source} holds out {held_out} image, of which no statistics can be made; expected "
-            f"at least {LEAST_IMAGES}. Use config.stats.split=train, a larger config.data.eval_fraction, or more images."
+            f"config.stats.split=eval: {source} holds out {held_out} image, of which no statistics can be made; "
+            f"expected at least {LEAST_IMAGES}. Use config.stats.split=train, a larger config.data.eval_fraction, or "
+            "more images."
         )
     if config.evaluate.samples < LEAST_IMAGES:
         raise ConfigError(
@@ -111,7 +113,9 @@ def check_enough(config: Config, images: int, held_out: int, class_names: Sequen
         notes.append(f"{held_out} image is held out: distances between sets of reconstructions will be left out")
     for stage in ("tokenizer_training", "generator_training"):
         if (size := getattr(config, stage).batch_size) > images:
-            notes.append(f"config.{stage}.batch_size={size} is more than the {images} training images, which repeat in it")
+            notes.append(
+                f"config.{stage}.batch_size={size} is more than the {images} training images, which repeat in it"
+            )
     if len(class_names) == 1:
         notes.append("there is one class: guidance and class accuracies mean nothing")
     return notes

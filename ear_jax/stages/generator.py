@@ -97,8 +97,8 @@ def _check_tokens(session: Session) -> None:
     trained_on = (read_json(session.workdir.stage("generator") / COMPLETE) or {}).get("data_digest")
     if trained_on and (path / "index.json").is_file() and LatentsSource(path).digest != trained_on:
         raise ConfigError(
-            f"{session.workdir.stage('generator')} was trained on other tokens than {path} holds now: images or tokenizer "
-            "were changed after it. Expected the same ones. Use another --workdir, or delete "
+            f"{session.workdir.stage('generator')} was trained on other tokens than {path} holds now: images or "
+            "tokenizer were changed after it. Expected the same ones. Use another --workdir, or delete "
             f"{session.workdir.stage('generator')} to train it on these."
         )
 

@@ -41,6 +41,7 @@ def begun(tmp_path: Path) -> tuple[Path, Workdir]:
 def test_a_listing_holds_images_alone_and_survives_its_file(tmp_path):
     found = listing.list_images(str(photos(tmp_path / "p")))
     assert found == {"cat": {"1.png": 3, "2.png": 4}, "dog": {"1.png": 3}, "dog/deep": {"5.jpg": 9}}
+    assert found is not None
     odd = {**found, os.fsdecode(b"caf\xe9"): {os.fsdecode(b"\xff.png"): 1}}
     listing.save(tmp_path / "data.json.gz", "folder:p", odd)
     assert listing.load(tmp_path / "data.json.gz") == ("folder:p", odd)
@@ -105,9 +106,9 @@ def test_what_few_images_do_not_allow_is_said_before_training():
     assert "one class" in few[-1]
     with pytest.raises(DataError, match="leaves 1 training image"):
         enough(1, 1)
-    with pytest.raises(DataError, match="stats.split=eval"):
+    with pytest.raises(DataError, match=r"stats\.split=eval"):
         enough(30, 1, stats=StatsConfig(split="eval"))
-    with pytest.raises(ConfigError, match="evaluate.samples=1"):
+    with pytest.raises(ConfigError, match=r"evaluate\.samples=1"):
         enough(30, 2, evaluate=EvaluateConfig(samples=1))
-    with pytest.raises(ConfigError, match="'bb' are not classes .* Did you mean 'b'"):
+    with pytest.raises(ConfigError, match=r"'bb' are not classes .* Did you mean 'b'"):
         enough(30, 2, sample=SampleConfig(labels=("bb",)))

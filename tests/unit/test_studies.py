@@ -179,7 +179,9 @@ def test_the_spread_of_a_gain_is_that_of_the_ratio():
     """With a = 8 ± 0.4 and b = 10 ± 0.5, a / b has the spread 0.8 * hypot(0.05, 0.05); one seed has none to tell."""
     said = report.ratio_verdict("x", spread(8.0, 0.4), spread(10.0, 0.5), 0.15)
     assert f"± {0.8 * math.hypot(0.05, 0.05):.1%} by the seeds" in said
-    assert said.endswith("**not measurable here, because the gain is nearer to the wanted one than the seeds are to each other**")
+    assert said.endswith(
+        "**not measurable here, because the gain is nearer to the wanted one than the seeds are to each other**"
+    )
     said = report.ratio_verdict("x", spread(8.0, seeds=1), spread(10.0), 0.15)
     assert "(one seed)" in said and said.endswith("**not measurable here, because one seed has no spread**")
 
@@ -252,7 +254,10 @@ def test_the_fidelity_verdict_compares_the_hybrid_with_the_plain_vae_and_knows_i
     times = {"lite_vae encode": {"median": 1.25, "p10": 1.0, "p90": 3.0}}
     result = fidelity._report(tmp_path, rows, PlantedJudge(), times)
     spread_of_gap = f"= {gap:+.2f} (± 1.41 by the seeds)"
-    assert any(spread_of_gap in verdict and "**not measurable here, because that limit is in units of FID" in verdict for verdict in result["verdicts"])
+    assert any(
+        spread_of_gap in verdict and "**not measurable here, because that limit is in units of FID" in verdict
+        for verdict in result["verdicts"]
+    )
     text = (tmp_path / "study.md").read_text()
     assert "| lite_vae | 2.00 ± 1.00 |" in text and "| 1.25 | – |" in text
     assert pixels_of(tmp_path / "study.png").shape[1] > 300
@@ -274,7 +279,11 @@ def timed(ms: float, share: float = 1.0, batch: int = 4, gflop: float = 1.0) -> 
         (11.9, {}, "**yes**"),
         (12.1, {}, "**no**"),
         (5.0, {"platform": "cpu"}, "**not measurable here, because there is no accelerator**"),
-        (5.0, {"device_count": 8}, "**not measurable here, because 8 devices share a batch and the claim is about one**"),
+        (
+            5.0,
+            {"device_count": 8},
+            "**not measurable here, because 8 devices share a batch and the claim is about one**",
+        ),
     ],
 )
 def test_twelve_milliseconds_are_judged_on_one_accelerator(ms, protocol, answer):
