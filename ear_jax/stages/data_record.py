@@ -7,7 +7,7 @@ from ear_jax.config.suggest import class_label_faults, doubtful_ids
 from ear_jax.data.listing import changes, digest, listing_of, load, save
 from ear_jax.data.open import open_split
 from ear_jax.errors import ConfigError, DataError
-from ear_jax.files import digest_of, read_json
+from ear_jax.files import read_json
 from ear_jax.folders.workdir import Workdir
 
 _FILE = "data.json.gz"
@@ -121,7 +121,8 @@ def check_enough(config: Config, images: int, held_out: int, class_names: Sequen
     return notes
 
 
-def data_digest(config: Config) -> str:
-    """Return a digest of the images of a configuration by their listing."""
-    listing = listing_of(config.data)
-    return digest_of(config.data.source) if not listing else digest(listing)
+def data_digest(config: Config, workdir: Workdir, model: str | None) -> tuple[str, ...]:
+    """Return what else a result of `model` rests on: the digest of the images, unless the run's own are checked."""
+    is_checked = model is None and (workdir.stage("tokenizer") / _FILE).exists()
+    listing = None if is_checked else listing_of(config.data)
+    return (digest(listing),) if listing else ()

@@ -64,10 +64,10 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     config, workdir = session.config, session.workdir
     chosen = model or workdir.model("generator")
     weights = digest_of((model_folder.find(chosen) / "config.json").read_bytes())  # holds the hashes of the weights
-    if model:  # not the run's own, whose images are compared with those that it began with
-        made_from = digest_of(fingerprint(config, "generator"), weights, *_dependencies(config), data_digest(config))
-    else:
-        made_from = digest_of(fingerprint(session.as_begun, "generator"), weights, *_dependencies(config))
+    begun = config if model else session.as_begun
+    made_from = digest_of(
+        fingerprint(begun, "generator"), weights, *_dependencies(config), *data_digest(config, workdir, model)
+    )
     if workdir.is_complete("evaluation", made_from=made_from):
         session.say(f"evaluation  complete in {workdir.evaluation}")
         report(session, json.loads(workdir.evaluation.read_text()))

@@ -77,7 +77,9 @@ def test_the_same_images_elsewhere_are_the_same_data(begun, tmp_path, capsys):
     moved = root.rename(tmp_path / "elsewhere")
     assert check_data(config_of(moved), workdir, print) == f"folder:{root}"
     assert "holds the same images as" in capsys.readouterr().out
-    assert data_digest(config_of(moved)) == data_digest(config_of(photos(tmp_path / "third")))
+    third, other = config_of(photos(tmp_path / "third")), Workdir(tmp_path / "other")
+    assert data_digest(config_of(moved), other, None) == data_digest(third, workdir, "a/model") != ()
+    assert data_digest(third, workdir, None) == () == data_digest(Config(), other, None)
     assert check_data(config_of(root), workdir, print) == f"folder:{root}"
     assert "is not there" in capsys.readouterr().out
 
