@@ -7,25 +7,28 @@ from typing import Any
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from studies import ablation, end_to_end, fidelity
+from studies.arms import Arm
 from studies.judge import Judge
+from studies.runs import chosen_arms
 
 Study = Callable[[Config, Path, str | None], dict[str, Any]]
 """(configuration, folder, model or None) -> rows, summary and verdicts; writes study.md, study.png and study.json."""
 
 
-def _judged(study: Callable[[Config, Path, Judge], dict[str, Any]]) -> Study:
-    """Give a study its judge: one classifier and one set of held-out images for all arms."""
+def _judged(study: Callable[[Config, Path, Judge], dict[str, Any]], arms: Callable[[], tuple[Arm, ...]]) -> Study:
+    """Give a study its judge: one classifier and one set of held-out images for all arms, which are known before."""
 
     def run(config: Config, root: Path, model: str | None) -> dict[str, Any]:
         if model is not None:
             raise ConfigError(f"the study {config.study.name} trains its own models; leave --model={model} out.")
+        chosen_arms(config, arms())
         return study(config, root, Judge(config, root / "judge"))
 
     return run
 
 
 STUDIES: dict[str, Study] = {
-    "fidelity": _judged(fidelity.run),
+    "fidelity": _judged(fidelity.run, lambda: fidelity.FIDELITY),
     "end_to_end": end_to_end.run,
-    "ablation": _judged(ablation.run),
+    "ablation": _judged(ablation.run, lambda: ablation.ABLATION),
 }

@@ -45,7 +45,7 @@ def run(config: Config, root: Path, judge: Judge) -> dict[str, Any]:
         def measure(own: Config = own, folder: Path = folder, source: Path = source, arm: str = arm.name) -> list:
             return _measure(generator_run(own, folder, source), own, judge, arm)
 
-        for row in kept(folder, own, measure):
+        for row in kept(folder, own, measure, judge.data_digest):
             rows.append({"arm": arm.name, "seed": seed, **row})
         result = _report(root, rows, judge, {})
     times = image_ms(root, config, config.sample.batch_size, lambda: _calls(timed))
@@ -122,7 +122,9 @@ def _report(root: Path, rows: list[dict[str, Any]], judge: Judge, times: dict[st
     for line in summary:
         if found := times.get(f"{line['arm']} {line['steps']}"):
             line["ms"] = report.alone(found["median"])
-    verdicts = _verdicts(summary)
+    device = jax.local_devices()[0]
+    slow = report.time_doubt(device.platform, jax.local_device_count())
+    verdicts = _verdicts(summary, judge.doubt, slow)
     text = "\n\n".join(
         [
             "# A3: the dual branch, the head and its loss",
@@ -140,7 +142,7 @@ def _report(root: Path, rows: list[dict[str, Any]], judge: Judge, times: dict[st
     return result
 
 
-def _verdicts(summary: list[dict[str, Any]]) -> list[str]:
+def _verdicts(summary: list[dict[str, Any]], doubt: str = "", time_doubt: str = "") -> list[str]:
     hybrid, alone = _curve(summary, "hybrid"), _curve(summary, "fine_only")
     verdicts = []
     for passes in sorted({line["passes"] for line in alone}):
@@ -149,17 +151,21 @@ def _verdicts(summary: list[dict[str, Any]]) -> list[str]:
             best = min(fitting, key=lambda line: line["fd"]["mean"])
             theirs = min((line for line in alone if line["passes"] <= passes), key=lambda line: line["fd"]["mean"])
             name = f"dual branch against fine only, at most {passes} passes ({best['steps']} against {theirs['steps']})"
-            verdicts.append(report.ratio_verdict(name, best["fd"], theirs["fd"], WANTED_GAIN))
-    return verdicts + _fast_verdicts(hybrid, alone)
+            verdicts.append(report.ratio_verdict(name, best["fd"], theirs["fd"], WANTED_GAIN, doubt=doubt))
+    return verdicts + _fast_verdicts(hybrid, alone, doubt, time_doubt)
 
 
-def _fast_verdicts(hybrid: list[dict[str, Any]], alone: list[dict[str, Any]]) -> list[str]:
+def _fast_verdicts(
+    hybrid: list[dict[str, Any]], alone: list[dict[str, Any]], doubt: str = "", time_doubt: str = ""
+) -> list[str]:
     """Say whether the dual branch gains among the settings below the wanted time."""
     hybrid, alone = ([line for line in side if "ms" in line] for side in (hybrid, alone))
     fast, theirs = ([line for line in side if line["ms"]["mean"] < WANTED_MS] for side in (hybrid, alone))
     limit = f"under {WANTED_MS:g} ms/image"
     if not hybrid or not alone:
         return []
+    if time_doubt:
+        return [f"dual branch {limit}: {report.unmeasurable(time_doubt)}"]
     if not fast:
         fastest = min(hybrid, key=lambda line: line["ms"]["mean"])
         taken = report.shown(fastest["ms"], ".2f")
@@ -169,7 +175,7 @@ def _fast_verdicts(hybrid: list[dict[str, Any]], alone: list[dict[str, Any]]) ->
         return [f"dual branch {limit}: {best['steps']}, where fine only has no setting: **yes**"]
     other = min(theirs, key=lambda line: line["fd"]["mean"])
     name = f"dual branch against fine only, {limit} ({best['steps']} against {other['steps']})"
-    return [report.ratio_verdict(name, best["fd"], other["fd"], WANTED_GAIN)]
+    return [report.ratio_verdict(name, best["fd"], other["fd"], WANTED_GAIN, doubt=doubt)]
 
 
 def _curve(summary: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def _verdicts(summary: list[dict[str, Any]], rows: list[dict[str, Any]], protoco
     verdicts = []
     if (judged := lines.get((JUDGED_BATCH, LABEL_TO_IMAGE, WHOLE))) is not None:
         said = f"{LABEL_TO_IMAGE} at batch {JUDGED_BATCH}: {report.shown(judged['ms'], '.2f')} ms/image"
-        verdicts.append(f"{said}; wanted at most {WANTED_MS:g}: **{_judgement(judged['ms']['mean'], protocol)}**")
+        verdicts.append(f"{said}; wanted at most {WANTED_MS:g}: {_judgement(judged['ms']['mean'], protocol)}")
     for (batch, path, stage), line in lines.items():
         if stage == SUM:
             share = line["share"]["mean"]
@@ -195,11 +195,8 @@ def _verdicts(summary: list[dict[str, Any]], rows: list[dict[str, Any]], protoco
 
 
 def _judgement(ms: float, protocol: dict[str, Any]) -> str:
-    if protocol["platform"] == "cpu":
-        return "not judged: no accelerator"
-    if protocol["device_count"] > 1:
-        return f"not judged: {protocol['device_count']} devices share a batch, the claim is about one"
-    return "yes" if ms <= WANTED_MS else "no"
+    doubt = report.time_doubt(protocol["platform"], protocol["device_count"])
+    return report.unmeasurable(doubt) if doubt else "**yes**" if ms <= WANTED_MS else "**no**"
 
 
 def _protocol(loaded: Pipeline, config: Config, weights: str) -> dict[str, Any]:

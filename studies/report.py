@@ -71,18 +71,37 @@ def write(folder: Path, result: Mapping[str, Any], markdown: str) -> None:
     write_bytes(folder / "study.md", markdown.encode())
 
 
-def ratio_verdict(name: str, ours: Mapping[str, float], theirs: Mapping[str, float], wanted: float) -> str:
+def unmeasurable(why: str) -> str:
+    """Return the verdict of a criterion that what was measured has no right to judge."""
+    return f"**not measurable here, because {why}**"
+
+
+def time_doubt(platform: str, device_count: int) -> str:
+    """Return why a time on this device cannot be held against a limit in ms, which is about one accelerator, or ""."""
+    if platform == "cpu":
+        return "there is no accelerator"
+    return f"{device_count} devices share a batch and the claim is about one" if device_count > 1 else ""
+
+
+def ratio_verdict(
+    name: str, ours: Mapping[str, float], theirs: Mapping[str, float], wanted: float, *, doubt: str = ""
+) -> str:
     """Say whether a distance fell by the wanted fraction, and by how much against the spread of the seeds.
 
-    The spread is that of the ratio of two independent seeds, to first order.
+    The spread is that of the ratio of two independent seeds, to first order. One seed, a gain that is nearer to the
+    wanted one than the spread, or a `doubt` about the judge allow no answer.
     """
     if not theirs["mean"]:
-        return f"{name}: the distance to compare with is 0; **not judged**"
+        return f"{name}: the distance to compare with is 0; " + unmeasurable("nothing can be below it")
     ratio = ours["mean"] / theirs["mean"]
     noise = math.hypot(ours["std"], ratio * theirs["std"]) / theirs["mean"]
     spread = f"± {noise:.1%} by the seeds" if min(ours["seeds"], theirs["seeds"]) > 1 else "one seed"
-    verdict = "yes" if 1.0 - ratio >= wanted else "no"
-    return f"{name}: {1.0 - ratio:+.1%} ({spread}); wanted at least {wanted:.0%}: **{verdict}**"
+    said = f"{name}: {1.0 - ratio:+.1%} ({spread}); wanted at least {wanted:.0%}: "
+    if min(ours["seeds"], theirs["seeds"]) < 2:
+        doubt = doubt or "one seed has no spread"
+    elif abs(1.0 - ratio - wanted) < noise:
+        doubt = doubt or "the gain is nearer to the wanted one than the seeds are to each other"
+    return said + (unmeasurable(doubt) if doubt else "**yes**" if 1.0 - ratio >= wanted else "**no**")
 
 
 Series = Mapping[str, Sequence[tuple[float, float, float]]]

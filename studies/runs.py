@@ -11,6 +11,7 @@ import jax
 from ear_jax.bench.timing import time_stages
 from ear_jax.config import read
 from ear_jax.config.schema import Config
+from ear_jax.config.suggest import did_you_mean
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.inference import pipeline
@@ -47,6 +48,22 @@ def generator_run(config: Config, folder: Path, tokenizer: Path) -> pipeline.Pip
     return pipeline.load(folder / "generator" / "model")
 
 
+def chosen_arms(config: Config, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+    """Return the arms that `config.study.arms` names, or all.
+
+    Raises:
+        ConfigError: an arm is chosen that the study does not have.
+    """
+    known = [arm.name for arm in arms]
+    unknown = [name for name in config.study.arms if name not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
+        raise ConfigError(
+            f"config.study.arms={config.study.arms!r}: {unknown[0]!r} is none of {', '.join(known)}.{hint}"
+        )
+    return tuple(arm for arm in arms if arm.name in (config.study.arms or known))
+
+
 def each_seed(
     config: Config, root: Path, arms: tuple[Arm, ...], seeds: tuple[int, ...]
 ) -> Iterator[tuple[Arm, int, Config, Path]]:
@@ -55,11 +72,7 @@ def each_seed(
     Raises:
         ConfigError: an arm is chosen that the study does not have.
     """
-    known = [arm.name for arm in arms]
-    unknown = [name for name in config.study.arms if name not in known]
-    if unknown:
-        raise ConfigError(f"config.study.arms={config.study.arms!r}: {unknown[0]!r} is none of {', '.join(known)}.")
-    arms = tuple(arm for arm in arms if arm.name in (config.study.arms or known))
+    arms = chosen_arms(config, arms)
     done, began = 0, time.monotonic()
     # The first two arms carry the verdict, so they get all their seeds first.
     order = [(arm, seed) for group in (arms[:2], arms[2:]) for seed in seeds for arm in group]
@@ -73,10 +86,13 @@ def each_seed(
         jax.clear_caches()
 
 
-def kept(folder: Path, config: Config, measure: Callable[[], Any], *, name: str = "result") -> Any:
-    """Return the result kept in a run folder if it was measured under this configuration, else measure and keep it."""
+def kept(folder: Path, config: Config, measure: Callable[[], Any], *conditions: str, name: str = "result") -> Any:
+    """Return the result kept in a run folder if it was measured under this configuration, else measure and keep it.
+
+    `conditions` are what it depends on beside the configuration: the digest of the data, the device.
+    """
     path = folder / f"{name}.json"
-    made_from = digest_of(json.dumps(read.to_dict(config), sort_keys=True, default=str))
+    made_from = digest_of(json.dumps(read.to_dict(config), sort_keys=True, default=str), *conditions)
     found = read_json(path)
     if found is not None and found.get("made_from") == made_from:
         return found["value"]
@@ -115,4 +131,4 @@ def image_ms(
             for timing in timings
         }
 
-    return kept(root, config, measure, name="times")
+    return kept(root, config, measure, jax.local_devices()[0].device_kind, name="times")

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ear_jax.config import values as checked_values
 from ear_jax.config.schema import Config
+from ear_jax.config.shorten import follow
 from ear_jax.config.suggest import closest_paths, did_you_mean
 from ear_jax.config.validate import cross_faults
 from ear_jax.config.values import flatten, groups, leaves, unflatten
@@ -45,6 +46,7 @@ def resolve(
     for path, value in _flat(values, "", faults):
         _settle(path, value, checked_values.check, settled, doubtful, faults)
     given: dict[str, str] = {}
+    file_values = dict(settled)
     for path, text in overrides:
         if path in given:
             faults.append(f"config.{path}: given twice, as {given[path]!r} and {text!r}; give it once.")
@@ -55,6 +57,8 @@ def resolve(
         else:
             given[path] = text
             faults.append(_unknown(path))
+    for line in follow(file_values, settled, given):
+        print(line, flush=True)
     config = unflatten(settled)
     faults += [fault.text for fault in cross_faults(config) if not doubtful.intersection(fault.paths)]
     raise_faults(faults)
@@ -136,6 +140,7 @@ def _shown(value: Any) -> str:
 
 
 _FOLDER = Path("configs")
+_TINY = "  ,tiny after a variant (lite_hybrid.py:imagenet256,tiny) shrinks it to run anywhere; not of convert.py"
 
 
 def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
@@ -177,7 +182,7 @@ def listing() -> str:
             variants = f"({error})"
         lines.append(f"  {path}" + (f"  variants: {variants}" if variants else ""))
     return (
-        "\n".join(["Config files here:", *lines])
+        "\n".join(["Config files here:", *lines, _TINY])
         if lines
         else "There is no folder configs/ here; run from the repository."
     )

@@ -332,7 +332,7 @@ class TrainingConfig:
 class SampleConfig:
     """What --task=sample draws."""
 
-    labels: tuple[int, ...] = key((), "class ids; empty = every class in turn")
+    labels: tuple[int | str, ...] = key((), "class ids or names (star,ring); empty = every class in turn")
     count: int = key(64, "images to draw; labels are repeated in order", low=1)
     seed: int = key(0, "sample i depends on (seed, i) only", low=0)
     batch_size: int = key(64, "images drawn at a time", low=1)

@@ -1,7 +1,10 @@
 """Did-you-mean: the nearest known names to a name that is not known, also when it lives in another group."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ear_jax.sampling import as_integer
 
 # Names other projects use for keys that are spelled out here.
 _ALIASES = {
@@ -30,6 +33,36 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_folded = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=_MINIMUM_SCORE)
     return f" Did you mean {by_folded[matches[0]]!r}?" if matches else ""
+
+
+def class_label_faults(labels: Sequence[Any], class_names: Sequence[str]) -> str:
+    """Return what is wrong with asked classes (ids, or names), with the nearest name of each wrong one; or nothing."""
+    known, wrong = set(class_names), []
+    for label in labels:
+        number = None if isinstance(label, str) else as_integer(label)
+        if label not in known if isinstance(label, str) else number is None or not 0 <= number < len(class_names):
+            wrong.append(label)
+    if not wrong:
+        return ""
+    hints = "".join(did_you_mean(label, class_names) for label in wrong[:10] if isinstance(label, str))
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(class_names[:12]))
+    return (
+        f"labels {', '.join(map(repr, wrong[:10]))} are not classes of this model or data.{hints} Expected ids 0 to "
+        f"{len(class_names) - 1} or names: {names}{' …' if len(class_names) > 12 else ''}."
+    )
+
+
+def doubtful_ids(labels: Sequence[int | str], class_names: Sequence[str]) -> str:
+    """Return which id, as a command line writes it, is another class's name too, and how to say which; or nothing."""
+    for label in labels:
+        if isinstance(label, int) and str(label) in class_names and class_names[label : label + 1] != (str(label),):
+            own = class_names[label] if 0 <= label < len(class_names) else "none"
+            return (
+                f"{label} is the id of class {own!r} and the name of class {class_names.index(str(label))}. Write "
+                f"names in quotes: --config.sample.labels='\"{label}\"'"
+                + (f", or '\"{own}\"' for the other." if 0 <= label < len(class_names) else ".")
+            )
+    return ""
 
 
 def closest_paths(path: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -244,10 +244,12 @@ def _training(group: str, training: TrainingConfig) -> Iterator[Fault]:
 
 def _sampling(config: Config) -> Iterator[Fault]:
     labels, classes = config.sample.labels, config.data.shapes.classes
-    shown = f"config.sample.labels={_tuple(labels)}"
-    if labels and min(labels) < 0:
+    shown, ids = f"config.sample.labels={_tuple(labels)}", [label for label in labels if isinstance(label, int)]
+    if "" in labels:
+        yield fault(f"{shown} holds an empty name; write ids or names such as (1,star).")
+    if ids and min(ids) < 0:
         yield fault(f"{shown} holds negative class ids; ids start at 0.")
-    elif labels and config.data.source == "shapes" and max(labels) >= classes:
+    elif ids and config.data.source == "shapes" and max(ids) >= classes:
         yield fault(
             f"{shown} goes beyond the {classes} classes of the data; use 0 to {classes - 1}.",
             "data.source",
@@ -300,5 +302,5 @@ def _increase(grids: tuple[int, ...]) -> bool:
     return min(grids) >= 1 and all(left < right for left, right in itertools.pairwise(grids))
 
 
-def _tuple(values: tuple[int, ...]) -> str:
+def _tuple(values: tuple[int | str, ...]) -> str:
     return f"({','.join(map(str, values))})"

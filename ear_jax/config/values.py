@@ -74,7 +74,11 @@ def _rebuild(node: Any, values: Mapping[str, Any], prefix: str) -> Any:
 _INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _LARGEST_INTEGER = 2**63 - 1
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
-_LISTS = {int: "a list of integers such as (1,2)", str: "a list of names such as (a,b)"}
+_LISTS = {
+    int: "a list of integers such as (1,2)",
+    str: "a list of names such as (a,b)",
+    int | str: "a list of ids or names such as (1,star)",
+}
 
 
 class ValueFault(Exception):
@@ -133,13 +137,13 @@ def _typed(kind: Any, value: Any, expected: str) -> Any:
             value = float(value)
         except OverflowError:
             raise ValueFault("is too large for a number") from None
-    if kind is int and isinstance(value, float) and math.isfinite(value) and value.is_integer():
+    if kind in (int, int | str) and isinstance(value, float) and math.isfinite(value) and value.is_integer():
         raise ValueFault(f"is a floating-point number, expected {expected}: write {int(value)}")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind in (int, int | str) and isinstance(value, bool)):
         raise ValueFault(f"is {_described(value)}, expected {expected}{_hint(kind, value)}")
     if kind is float and not math.isfinite(value):
         raise ValueFault("is not finite, expected a finite number")
-    if kind is int and abs(value) > _LARGEST_INTEGER:
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         raise ValueFault("is too large, expected an integer of at most 64 bits")
     return value
 
@@ -155,11 +159,14 @@ def _hint(kind: Any, value: Any) -> str:
 def _parse_scalar(kind: Any, text: str, expected: str) -> Any:
     if kind is str:
         return text
+    if kind == int | str and not _INTEGER.fullmatch(text):
+        is_quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "'\""  # "7" is the class called 7, not the id
+        return text[1:-1] if is_quoted else text
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise ValueFault("is not a truth value, expected true or false")
-    if kind is int and _INTEGER.fullmatch(text):
+    if kind in (int, int | str) and _INTEGER.fullmatch(text):
         if len(text) > 40:
             raise ValueFault("is too large, expected an integer of at most 64 bits")
         return int(text)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ear_jax import build
 from ear_jax.config import Config, from_dict, kinds
+from ear_jax.config.suggest import class_label_faults
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder
 from ear_jax.folders.model_folder import check
@@ -192,20 +193,10 @@ class Pipeline:
             ConfigError: a label is no class of this model; all wrong ones are named.
         """
         values = _listed(labels)
+        if fault := class_label_faults(values, self.class_names):
+            raise ConfigError(fault)
         known = {name: index for index, name in enumerate(self.class_names)}
-        ids, wrong = [], []
-        for value in values:
-            index = known.get(value) if isinstance(value, str) else as_integer(value)
-            if index is None or not 0 <= index < len(self.class_names):
-                wrong.append(repr(value))
-            else:
-                ids.append(index)
-        if wrong:
-            names = ", ".join(f"{index} {name}" for index, name in list(enumerate(self.class_names))[:12])
-            raise ConfigError(
-                f"labels {', '.join(wrong[:10])} are not classes of this model. "
-                f"Expected ids 0 to {len(self.class_names) - 1} or names: {names}{' …' if len(known) > 12 else ''}."
-            )
+        ids = [known[value] if isinstance(value, str) else as_integer(value) for value in values]
         return np.asarray(ids, np.int32)
 
     def _chosen(self, sampling: Sampling | None, options: SamplingOptions) -> Sampling:

@@ -63,7 +63,7 @@ class Collected:
     Attributes:
         count: images.
         image_px: their side.
-        statistics: of the features.
+        statistics: of the features; None also for a single image.
         spatial: of the spatial tap.
         features: a uniform choice of rows [m, D], in the order of the images.
         labels: class ids of these rows, -1 for none.
@@ -135,7 +135,9 @@ class Collector:
         assert self._image_px is not None
         rows = {} if self._rows is None else self._rows.gathered()
         logits = {} if self._logits is None else self._logits.gathered()
-        moments = {tap: gather_moments(part).statistics() for tap, part in self._moments.items()}
+        # A single image has no covariance: what needs none is measured of it all the same.
+        taps = self._moments.items() if counts.sum() > 1 else ()
+        moments = {tap: gather_moments(part).statistics() for tap, part in taps}
         none = np.zeros((0, self.network.width), np.float32)
         return Collected(
             count=int(counts.sum()),

@@ -231,9 +231,13 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (inner_products(a, b).astype(np.float64, copy=False) / a.shape[1] + 1.0) ** 3
 
 
+_ONE_IMAGE = "A covariance needs at least 2 images, got 1. Give more images (10,000 or more for a FID)."
+
+
 def _frechet(seen: Seen) -> Scores:
     real, found = seen.real.statistics.pooled, seen.collected.statistics
-    assert found is not None and found.count is not None
+    if found is None or found.count is None:
+        raise DataError(_ONE_IMAGE)
     name = distance_name(seen.network)
     measured = Scores.of(frechet_distance(found, real, name=name))
     floor = frechet_floor(seen.real, found.count, labels=seen.collected.labels, seed=seen.settings.seed)
@@ -242,7 +246,8 @@ def _frechet(seen: Seen) -> Scores:
 
 def _spatial(seen: Seen) -> Scores:
     real, found = seen.real.statistics.spatial, seen.collected.spatial
-    assert real is not None and found is not None
+    if real is None or found is None:
+        raise DataError(_ONE_IMAGE)
     return Scores.of(frechet_distance(found, real, name="sfid"))
 
 

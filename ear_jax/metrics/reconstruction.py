@@ -122,7 +122,7 @@ class ReconstructionScorer:
             rounding: How reconstructions became uint8.
 
         Raises:
-            DataError: no images, or a single one where a distance between sets is measured.
+            DataError: no images.
         """
         if not self._count:
             raise DataError("there are no reconstructions to score.")
@@ -153,15 +153,15 @@ class ReconstructionScorer:
         if self.network is None or not self._sets:
             return Scores()
         found, sets = Scores(), {side: collector.gathered() for side, collector in self._sets.items()}
-        images = sets["images"]
-        if "originals" in sets:
-            originals = sets["originals"].statistics
-            assert images.statistics is not None and originals is not None
-            name = distance_name(self.network, "rfd")
+        images, name = sets["images"], distance_name(self.network, "rfd")
+        originals = sets["originals"].statistics if "originals" in sets else None
+        if images.statistics is not None and originals is not None:
             found |= Scores.of(frechet_distance(images.statistics, originals, name=name))
             if self._reference is not None:
                 name = f"{distance_name(self.network)}_of_originals"
                 found |= Scores.of(frechet_distance(originals, self._reference.statistics.pooled, name=name))
+        elif "originals" in sets:
+            found |= Scores(warnings=(f"{name} was not measured: a single image has no covariance.",))
         asked, right = images.answers.sum(axis=0)
         return found | Scores({"class_accuracy": float(right / asked)}) if asked else found
 

@@ -59,7 +59,10 @@ def reference_moments(
     for batch in batches:
         collector.update(batch)
     seen = collector.gathered()
-    assert seen.statistics is not None
+    if seen.statistics is None:
+        raise DataError(
+            f"{source or 'the reference'} is a single image, which has no covariance; expected at least 2 images."
+        )
     statistics = ReferenceStatistics(
         pooled=seen.statistics,
         spatial=seen.spatial,

@@ -11,7 +11,9 @@ from ear_jax.config.schema import Config
 from ear_jax.data.latents import LatentsSource
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
+from ear_jax.files import read_json
 from ear_jax.folders import model_folder, pictures
+from ear_jax.folders.workdir import COMPLETE
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.nn.functional import Arrays
 from ear_jax.stages.session import Session
@@ -25,6 +27,7 @@ def train_generator(session: Session) -> None:
     """Train until done, then write `generator/model` and `generator/samples.png`."""
     config, workdir = session.config, session.workdir
     if session.is_complete("generator"):
+        _check_tokens(session)
         session.say(f"generator   complete in {workdir.model('generator')}")
         return
     session.begin("generator")
@@ -86,6 +89,18 @@ def train_generator(session: Session) -> None:
             picture,
         )
     session.mark_complete("generator", data_digest=source.digest, **stage.times)
+
+
+def _check_tokens(session: Session) -> None:
+    """Refuse a finished generator whose tokens were encoded anew from other images or by another tokenizer."""
+    path = _latents_path(session)
+    trained_on = (read_json(session.workdir.stage("generator") / COMPLETE) or {}).get("data_digest")
+    if trained_on and (path / "index.json").is_file() and LatentsSource(path).digest != trained_on:
+        raise ConfigError(
+            f"{session.workdir.stage('generator')} was trained on other tokens than {path} holds now: images or "
+            "tokenizer were changed after it. Expected the same ones. Use another --workdir, or delete "
+            f"{session.workdir.stage('generator')} to train it on these."
+        )
 
 
 def _shown(levels: list[str]) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ def cache_latents(session: Session) -> None:
     if config.latents.source:
         session.say(f"latents     read from {config.latents.source}")
         return
+    session.begin_with_same_data()
     tensors = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
     source = open_split(config.data, "train", seed=config.seed)
     abstract = build.abstract_tokenizer(config)

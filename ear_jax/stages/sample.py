@@ -9,6 +9,7 @@ import numpy as np
 from ear_jax.config import read
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
+from ear_jax.config.suggest import doubtful_ids
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder, pictures
@@ -35,6 +36,8 @@ def sample(config: Config, model: str, folder: Path) -> Path:
     """
     loaded = pipeline.load(model)
     settings = config.sample
+    if doubt := doubtful_ids(settings.labels, loaded.class_names):
+        raise ConfigError(f"config.sample.labels: {doubt}")
     chosen = loaded.label_ids(settings.labels) if settings.labels else np.arange(len(loaded.class_names))
     if not len(chosen):
         raise ConfigError("config.sample.labels names no class; expected at least one id.")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from ear_jax.distributed.stop_signal import restartable
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.folders.workdir import Workdir
+from ear_jax.stages.data_record import check_data, record_data
 from ear_jax.training.ledger import Ledger
 from ear_jax.training.loop import StageRun
 from ear_jax.training.optim import resolve
@@ -53,14 +55,28 @@ class Session:
         if self.is_first:
             print(text, flush=True)
 
+    @functools.cached_property
+    def as_begun(self) -> Config:
+        """The configuration with the data's path as the run knows it: the same images may have moved.
+
+        Raises:
+            ConfigError: the images are not those that the run was made from.
+        """
+        known = process.on_first_process(lambda: check_data(self.config, self.workdir, self.say))
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, source=known))
+
     def is_complete(self, stage: str) -> bool:
         """Tell whether a stage's result is there and was made from this configuration."""
-        return self.workdir.is_complete(stage, made_from=fingerprint(self.config, stage))
+        return self.workdir.is_complete(stage, made_from=fingerprint(self.as_begun, stage))
+
+    def begin_with_same_data(self) -> None:
+        """Refuse to read images that are not those that the run was made from."""
+        _ = self.as_begun
 
     def mark_complete(self, stage: str, **facts: Any) -> None:
         """Record that a stage is complete."""
         if self.is_first:
-            self.workdir.mark_complete(stage, made_from=fingerprint(self.config, stage), **facts)
+            self.workdir.mark_complete(stage, made_from=fingerprint(self.as_begun, stage), **facts)
         process.barrier(f"{stage}: complete")
 
     def training(self, stage: str, source: Source, create: ModuleFactory, **options: Any) -> StageRun:
@@ -108,7 +124,7 @@ class Session:
 
         def check() -> None:
             record = self.workdir.stage(stage) / "made_from.json"
-            wanted, found = inputs(self.config, stage), read_json(record)
+            wanted, found = inputs(self.as_begun, stage), read_json(record)
             plain = json.loads(json.dumps(wanted))
             if found is not None and found != plain:
                 lines = [
@@ -121,6 +137,8 @@ class Session:
                     "Expected the same ones, since a stage goes on from its checkpoints. Use another --workdir, or "
                     f"delete {self.workdir.stage(stage)} to start this stage again."
                 )
+            if stage == "tokenizer":
+                record_data(self.config, self.workdir)
             write_json(record, plain)
 
         process.on_first_process(check)

@@ -19,6 +19,7 @@ from ear_jax.folders.model_folder import check
 from ear_jax.metrics.reconstruction import psnr
 from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
+from ear_jax.stages.data_record import check_enough
 from ear_jax.stages.session import Session
 from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
@@ -42,7 +43,7 @@ def train_tokenizer(session: Session) -> None:
         return
     source = open_split(config.data, "train", seed=config.seed)
     held_out = open_split(config.data, "eval", seed=config.seed)
-    for note in source.notes:
+    for note in (*source.notes, *check_enough(config, len(source), len(held_out), source.class_names)):
         session.say(f"data        {note}")
     static, _, _ = functional(build.abstract_tokenizer(config))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
@@ -99,6 +100,9 @@ def adopt_tokenizer(session: Session) -> None:
     expected = signature(build.abstract_tokenizer(config))
     check(found.tensors.get("tokenizer", {}), expected, f"the tokenizer of {config.tokenizer.source}")
     source = open_split(config.data, "train", seed=config.seed)
+    held_out = open_split(config.data, "eval", seed=config.seed)
+    for note in (*source.notes, *check_enough(config, len(source), len(held_out), source.class_names)):
+        session.say(f"data        {note}")
     if session.is_first:
         model_folder.write(
             workdir.model("tokenizer"),

@@ -122,7 +122,7 @@ def test_unguided_sampling_equals_guidance_scale_one(model):
     ],
 )
 def test_labels_that_are_no_class_are_all_named(model, labels, named):
-    with pytest.raises(ConfigError, match="are not classes of this model") as fault:
+    with pytest.raises(ConfigError, match="are not classes of this model or data") as fault:
         model.sample(labels)
     start = str(fault.value).split(" are not classes")[0]
     assert all(name in start for name in named) and start.count(",") == len(named) - 1

@@ -89,7 +89,7 @@ def test_the_end_to_end_study_times_a_model_and_keeps_what_it_timed(model, tmp_p
     monkeypatch.setattr(end_to_end, "BATCHES", (4,))
     arguments = ["--task=study", f"--model={model}", "--config.study.name=end_to_end", f"--workdir={tmp_path}"]
     assert main.main(arguments) == 0, capsys.readouterr().err
-    assert "not judged: no accelerator" in capsys.readouterr().out
+    assert "not measurable here, because there is no accelerator" in capsys.readouterr().out
     result = assert_written(tmp_path, 2 * (5 + 4))
     by = {(row["seed"], row["path"], row["stage"]): row for row in result["rows"]}
     stages = {stage for _, path, stage in by if path == "label to image"}

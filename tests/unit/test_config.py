@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import pytest
 
-from ear_jax.config import derive, kinds, read
+from ear_jax.config import derive, kinds, read, suggest
 from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.config.values import flatten, leaves
 from ear_jax.errors import ConfigError
@@ -89,8 +89,8 @@ def test_override_texts_become_typed_values(path: str, text: str, expected: Any)
         ("generator.energy.alpha", "2", "expected a number > 0 and < 2"),
         ("data.use_flip", "1", "expected true or false"),
         ("data.image_px", "4", "expected an integer >= 8 and <= 4096"),
-        ("sample.labels", "(1,x)", "list of integers"),
-        ("sample.labels", "(1,2.5)", "list of integers"),
+        ("tokenizer.coarse.grids", "(1,x)", "list of integers"),
+        ("tokenizer.coarse.grids", "(1,2.5)", "list of integers"),
         ("tokenizer.name", "lite_hybird", "Did you mean 'lite_hybrid'?"),
     ],
 )
@@ -213,7 +213,7 @@ SCALES = {
         ({"generator.patch_size": "3"}, "does not divide the latent grid of 4"),
         ({"tokenizer_training.accumulation_steps": "3"}, "not a multiple of"),
         ({"tokenizer_training.steps": "0"}, "has no length"),
-        ({"generator_training.epochs": "2"}, "both set"),
+        ({"generator_training.epochs": "2", "generator_training.steps": "2"}, "both set"),
         ({"generator_training.warmup_epochs": "2", "generator_training.warmup_steps": "2"}, "both set"),
         ({"generator_training.final_phase_epochs": "2", "generator_training.final_phase_steps": "2"}, "both set"),
         ({"generator_training.final_phase_steps": "11"}, "longer than the run"),
@@ -248,6 +248,40 @@ def test_contradictions_are_found(overrides: dict[str, str], words: str) -> None
     message = faults(overrides)
     assert words in message
     assert "\n" not in message, message
+
+
+def test_one_key_shortens_a_run_and_what_follows_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    values = merged(
+        tokenizer={"hybrid_start_steps": 400},
+        tokenizer_training={"steps": 1000, "warmup_steps": 100},
+        generator_training={"steps": 0, "epochs": 800.0, "warmup_epochs": 80.0, "final_phase_epochs": 40.0},
+    )
+    overrides = [("tokenizer_training.steps", "50"), ("generator_training.steps", "20")]
+    config = read.resolve(values, overrides)
+    tokenizer, generator = config.tokenizer_training, config.generator_training
+    assert (tokenizer.warmup_steps, config.tokenizer.hybrid_start_steps) == (5, 20)
+    assert (generator.epochs, generator.warmup_epochs, generator.warmup_steps) == (0.0, 0.0, 2)
+    assert (generator.final_phase_epochs, generator.final_phase_steps) == (0.0, 1)
+    said = capsys.readouterr().out
+    assert "notice      config.tokenizer_training.warmup_steps: 100 becomes 5, 10% of the run" in said
+    assert "since config.generator_training.steps=20" in said
+    assert read.resolve(values) and not capsys.readouterr().out, "nothing follows where nothing was given"
+    assert read.resolve(values, [("tokenizer_training.steps", "900")]).tokenizer.hybrid_start_steps == 400
+    with pytest.raises(ConfigError, match="longer than the run"):
+        read.resolve(values, [*overrides, ("tokenizer_training.warmup_steps", "60")])
+
+
+def test_classes_are_asked_for_by_id_or_name() -> None:
+    labels = lambda text: resolved(data__source="folder:x", sample__labels=text).sample.labels  # noqa: E731
+    assert labels("star,ring") == ("star", "ring") and labels("(1,star)") == (1, "star")
+    assert labels("'7',7") == ("7", 7) and labels("()") == ()
+    names = ("star", "ring", "7")
+    assert suggest.class_label_faults(("star", 2), names) == "" == suggest.doubtful_ids(("star", 1), names)
+    assert "Did you mean 'star'?" in suggest.class_label_faults(("stra",), names)
+    assert "labels 3, 1.5 are not classes" in suggest.class_label_faults((3, 1.5), names)
+    assert "7 is the id of class 'none' and the name of class 2" not in suggest.doubtful_ids(("7",), names)
+    assert "1 is the id of class '1' and the name" not in suggest.doubtful_ids((1,), ("0", "1", "2"))
+    assert "2 is the id of class '10' and the name of class 3" in suggest.doubtful_ids((2,), ("0", "1", "10", "2"))
 
 
 def test_a_tokenizer_without_coarse_levels_is_not_held_to_them() -> None:

@@ -282,6 +282,13 @@ def score_reconstructions(network: Any, pairs: Any, **options: Any) -> Scores:
     return scorer.scores()
 
 
+def test_a_single_reconstruction_has_no_distance_and_says_so(network, real):
+    images = real[0][:1]
+    found = score_reconstructions(network, [(images, images)])
+    assert "psnr" in found.values and not any("fd" in name for name in found.values)
+    assert any("was not measured: a single image" in warning for warning in found.warnings)
+
+
 def test_reconstructions_are_compared_one_by_one_and_as_a_set(network, reference):
     originals, labels = pictures(50, 5)
     noise = np.random.default_rng(0).integers(-30, 31, originals.shape)

@@ -90,6 +90,13 @@ def test_a_study_that_trains_takes_no_model(tmp_path):
         studies.STUDIES["fidelity"](recipe("fidelity.py"), tmp_path, "a/model")
 
 
+def test_a_wrong_arm_is_refused_before_the_judge_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "Judge", lambda *_: pytest.fail("a judge was trained"))
+    config = arms.with_changes(recipe("fidelity.py"), {"study.arms": ("hybrid_mpl",)})
+    with pytest.raises(ConfigError, match=r"'hybrid_mpl' is none of .* Did you mean 'hybrid_mlp'\?"):
+        studies.STUDIES["fidelity"](config, tmp_path, None)
+
+
 def test_chosen_arms_and_seeds_run_alone_and_as_they_would_among_the_others(tmp_path):
     config = recipe("fidelity.py")
     chosen = arms.with_changes(config, {"study.arms": ("coarse_only", "lite_vae"), "study.seeds": (0, 4)})
@@ -172,7 +179,18 @@ def test_the_spread_of_a_gain_is_that_of_the_ratio():
     """With a = 8 ± 0.4 and b = 10 ± 0.5, a / b has the spread 0.8 * hypot(0.05, 0.05); one seed has none to tell."""
     said = report.ratio_verdict("x", spread(8.0, 0.4), spread(10.0, 0.5), 0.15)
     assert f"± {0.8 * math.hypot(0.05, 0.05):.1%} by the seeds" in said
-    assert "one seed" in report.ratio_verdict("x", spread(8.0, seeds=1), spread(10.0), 0.15)
+    assert said.endswith(
+        "**not measurable here, because the gain is nearer to the wanted one than the seeds are to each other**"
+    )
+    said = report.ratio_verdict("x", spread(8.0, seeds=1), spread(10.0), 0.15)
+    assert "(one seed)" in said and said.endswith("**not measurable here, because one seed has no spread**")
+
+
+def test_a_judge_that_knows_nothing_judges_nothing():
+    assert "one class" in judging.doubt_about(1.0, 1) and "right on 20.0%" in judging.doubt_about(0.2, 10)
+    assert judging.doubt_about(0.9, 10) == ""
+    said = report.ratio_verdict("x", spread(8.0), spread(10.0), 0.15, doubt="it guesses")
+    assert said.endswith("**not measurable here, because it guesses**")
 
 
 def line(arm: str, steps: str, fd: float, temperature: float = 1.0) -> dict[str, Any]:
@@ -206,13 +224,15 @@ class PlantedJudge(judging.Judge):
     """A judge that was never trained."""
 
     def __init__(self) -> None:
-        self.floor, self.trust = 0.25, {"accuracy_clean": 0.99}
+        self.floor, self.trust, self.doubt = 0.25, {"accuracy_clean": 0.99}, ""
         self.images = np.zeros((10, 8, 8, 3), np.uint8)
 
 
 def test_the_dual_branch_is_judged_below_a_millisecond():
     slow, fast = {"ms": spread(1.7, 0.2)}, {"ms": spread(0.9)}
     hybrid, alone = [line("hybrid", "4+1", 3.0) | slow], [line("fine_only", "4", 4.0) | slow]
+    (verdict,) = ablation._fast_verdicts(hybrid, alone, time_doubt=report.time_doubt("cpu", 1))
+    assert verdict == "dual branch under 1 ms/image: **not measurable here, because there is no accelerator**"
     (verdict,) = ablation._fast_verdicts(hybrid, alone)
     assert verdict == "dual branch under 1 ms/image: its fastest setting (4+1) takes 1.70 ± 0.20: **no**"
     hybrid += [line("hybrid", "2+1", 3.2) | fast, line("hybrid", "1+1", 9.0) | fast]
@@ -223,8 +243,8 @@ def test_the_dual_branch_is_judged_below_a_millisecond():
     assert ablation._fast_verdicts([], alone) == []
 
 
-@pytest.mark.parametrize(("gap", "answer"), [(1.5, "yes"), (2.5, "no")])
-def test_the_fidelity_verdict_compares_the_hybrid_with_the_plain_vae(tmp_path, gap, answer):
+@pytest.mark.parametrize("gap", [1.5, 2.5])
+def test_the_fidelity_verdict_compares_the_hybrid_with_the_plain_vae_and_knows_its_units(tmp_path, gap):
     values = {"psnr": 25.0, "ssim": 0.9, "class_accuracy": 0.9, "parameters_M": 1.0}
     rows = [
         {"arm": arm, "seed": seed, "rfd": rfd + seed, **values}
@@ -234,7 +254,10 @@ def test_the_fidelity_verdict_compares_the_hybrid_with_the_plain_vae(tmp_path, g
     times = {"lite_vae encode": {"median": 1.25, "p10": 1.0, "p90": 3.0}}
     result = fidelity._report(tmp_path, rows, PlantedJudge(), times)
     spread_of_gap = f"= {gap:+.2f} (± 1.41 by the seeds)"
-    assert any(spread_of_gap in verdict and verdict.endswith(f"**{answer}**") for verdict in result["verdicts"])
+    assert any(
+        spread_of_gap in verdict and "**not measurable here, because that limit is in units of FID" in verdict
+        for verdict in result["verdicts"]
+    )
     text = (tmp_path / "study.md").read_text()
     assert "| lite_vae | 2.00 ± 1.00 |" in text and "| 1.25 | – |" in text
     assert pixels_of(tmp_path / "study.png").shape[1] > 300
@@ -255,8 +278,12 @@ def timed(ms: float, share: float = 1.0, batch: int = 4, gflop: float = 1.0) -> 
     [
         (11.9, {}, "**yes**"),
         (12.1, {}, "**no**"),
-        (5.0, {"platform": "cpu"}, "**not judged: no accelerator**"),
-        (5.0, {"device_count": 8}, "**not judged: 8 devices share a batch, the claim is about one**"),
+        (5.0, {"platform": "cpu"}, "**not measurable here, because there is no accelerator**"),
+        (
+            5.0,
+            {"device_count": 8},
+            "**not measurable here, because 8 devices share a batch and the claim is about one**",
+        ),
     ],
 )
 def test_twelve_milliseconds_are_judged_on_one_accelerator(ms, protocol, answer):
@@ -305,8 +332,9 @@ def test_a_result_is_kept_for_its_configuration_alone(tmp_path):
     assert runs.kept(tmp_path, config, measure) == {"value": 1} == runs.kept(tmp_path, config, measure)
     other = arms.with_changes(config, {"evaluate.classifier_steps": 3})
     assert runs.kept(tmp_path, other, measure) == {"value": 2}
+    assert runs.kept(tmp_path, other, measure, "other data") == {"value": 3}
     (tmp_path / "result.json").write_text("{torn")
-    assert runs.kept(tmp_path, other, measure) == {"value": 3}
+    assert runs.kept(tmp_path, other, measure) == {"value": 4}
 
 
 def test_a_curve_has_one_point_for_a_number_of_passes(tmp_path, monkeypatch):

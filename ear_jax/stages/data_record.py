@@ -1,0 +1,128 @@
+"""Whether the images are still those that a run was made from: their listing is kept beside what was made of them."""
+
+from collections.abc import Callable, Sequence
+
+from ear_jax.config.schema import Config
+from ear_jax.config.suggest import class_label_faults, doubtful_ids
+from ear_jax.data.listing import changes, digest, listing_of, load, save
+from ear_jax.data.open import open_split
+from ear_jax.errors import ConfigError, DataError
+from ear_jax.files import read_json
+from ear_jax.folders.workdir import Workdir
+
+_FILE = "data.json.gz"
+LEAST_IMAGES = 2
+"""Fewer have no covariance."""
+
+
+def record_data(config: Config, workdir: Workdir) -> None:
+    """Keep the listing of the images that a run begins with, unless there is one."""
+    path = workdir.stage("tokenizer") / _FILE
+    if not path.exists() and (listing := listing_of(config.data)):
+        save(path, config.data.source, listing)
+
+
+def check_data(config: Config, workdir: Workdir, say: Callable[[str], None]) -> str:
+    """Return the `data.source` under which a run knows its images: another one than now, where only the path is new.
+
+    Says so where the path is new or the images are not there to compare with.
+
+    Raises:
+        ConfigError: images were added, removed, moved or changed since the run began; says which, and what to do.
+        DataError: the run's listing is damaged.
+    """
+    kind, _, path = config.data.source.partition(":")
+    record = workdir.stage("tokenizer") / _FILE
+    begun = read_json(workdir.stage("tokenizer") / "made_from.json") or {}
+    known = begun.get("data.source", config.data.source)
+    if kind == "shapes" or known.partition(":")[0] != kind:
+        return config.data.source  # settings, which are compared by name
+    kept = load(record)
+    if kept is None:
+        return _without_listing(config, workdir, known, say)
+    known, before = kept
+    after = listing_of(config.data)
+    if after is None:
+        say(f"warning     {path} is not there: whether the run's images have changed cannot be told")
+        return known
+    if before != after:
+        stages = "{tokenizer,latents,generator,evaluation,samples}"
+        lines = "\n".join(f"  {line}" for line in changes(before, after))
+        raise ConfigError(
+            f"the images of {config.data.source} are not those that {workdir.root} was made from:\n{lines}\n"
+            "Expected the same ones (by name below the folder, and size), since results and checkpoints are of them. "
+            "Use another --workdir for the new images, bring the old ones back, or delete "
+            f"{workdir.root}/{stages} to begin again here. --task=sample needs no images and goes on working."
+        )
+    if known != config.data.source:
+        say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
+    return known
+
+
+def _without_listing(config: Config, workdir: Workdir, known: str, say: Callable[[str], None]) -> str:
+    """Compare the digest that runs of version 0.1.0 kept of their images; they kept no names."""
+    stored = (read_json(workdir.stage("tokenizer") / "complete.json") or {}).get("data_digest")
+    if stored is None:
+        return config.data.source
+    listing = listing_of(config.data)
+    if listing is None:
+        say(f"warning     {config.data.source} is not there: whether the run's images have changed cannot be told")
+        return known
+    if open_split(config.data, "train", seed=config.seed).digest != stored:
+        if known != config.data.source:
+            return config.data.source  # refused as another setting
+        raise ConfigError(
+            f"the images of {config.data.source} are not those that {workdir.root} was made from "
+            f"(digest {stored[:16]}); the "
+            "run kept no list to say which. Use another --workdir, or bring the old images back."
+        )
+    save(workdir.stage("tokenizer") / _FILE, known, listing)
+    if known != config.data.source:
+        say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
+    return known
+
+
+def check_enough(config: Config, images: int, held_out: int, class_names: Sequence[str]) -> list[str]:
+    """Say, before anything trains, what so little data does not allow; returns lines about what is left out.
+
+    Raises:
+        DataError: too few images for what the recipe does later on.
+        ConfigError: `config.sample.labels` asks for a class that the data has not.
+    """
+    labels = config.sample.labels
+    if doubt := class_label_faults(labels, class_names) or doubtful_ids(labels, class_names):
+        raise ConfigError(f"config.sample.labels: {doubt}")
+    source = config.data.source
+    if images < LEAST_IMAGES:
+        raise DataError(
+            f"{source} leaves {images} training image; expected at least {LEAST_IMAGES}, as a data set's statistics "
+            "are compared. Give more images, or a smaller config.data.eval_fraction."
+        )
+    if config.stats.split == "eval" and held_out < LEAST_IMAGES and not config.evaluate.reference:
+        raise DataError(
+            f"config.stats.split=eval: {source} holds out {held_out} image, of which no statistics can be made; "
+            f"expected at least {LEAST_IMAGES}. Use config.stats.split=train, a larger config.data.eval_fraction, or "
+            "more images."
+        )
+    if config.evaluate.samples < LEAST_IMAGES:
+        raise ConfigError(
+            f"config.evaluate.samples={config.evaluate.samples}: a distance needs at least {LEAST_IMAGES} samples."
+        )
+    notes = []
+    if held_out < LEAST_IMAGES:
+        notes.append(f"{held_out} image is held out: distances between sets of reconstructions will be left out")
+    for stage in ("tokenizer_training", "generator_training"):
+        if (size := getattr(config, stage).batch_size) > images:
+            notes.append(
+                f"config.{stage}.batch_size={size} is more than the {images} training images, which repeat in it"
+            )
+    if len(class_names) == 1:
+        notes.append("there is one class: guidance and class accuracies mean nothing")
+    return notes
+
+
+def data_digest(config: Config, workdir: Workdir, model: str | None) -> tuple[str, ...]:
+    """Return what else a result of `model` rests on: the digest of the images, unless the run's own are checked."""
+    is_checked = model is None and (workdir.stage("tokenizer") / _FILE).exists()
+    listing = None if is_checked else listing_of(config.data)
+    return (digest(listing),) if listing else ()
