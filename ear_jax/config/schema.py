@@ -77,7 +77,7 @@ class DataConfig:
     )
     class_order: str = key(
         "auto",
-        "order of class folders: auto sorts whole numbers as numbers, text never does (as before 0.3)",
+        "order of class folders: auto sorts whole numbers as numbers, text never does, as in earlier versions",
         choices=("auto", "text"),
         affects_result=False,
     )

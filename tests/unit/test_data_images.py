@@ -137,7 +137,7 @@ def turned(pixels, orientation):
 
 
 def gray_table():
-    """Yield name, file as a function of the orientation, stored RGB pixels and tolerance; formats and depths crossed."""
+    """Yield name, file as a function of the orientation, stored RGB pixels, tolerance: formats crossed with depths."""
     ramp = (np.arange(24).reshape(4, 6) * 10).astype(np.uint8)
     rgb = np.dstack([ramp, 255 - ramp, ramp // 2])
 
