@@ -12,7 +12,10 @@ from collections.abc import Callable
 from io import BufferedReader
 from typing import TypeVar
 
+import numpy as np
+
 from ear_jax.config.schema import DataConfig
+from ear_jax.data.folder_index import SMALLEST_KEPT, Item, list_images
 from ear_jax.data.images import DamagedImage, DecodeRules, check_header, printable
 from ear_jax.data.layout import find_layout, refuse_one_level_too_high
 from ear_jax.data.sources import Quarantine, Split
@@ -20,14 +23,11 @@ from ear_jax.data.tree import Dropped, class_order, sub_folders, walk
 from ear_jax.errors import ConfigError, DataError, StorageError
 from ear_jax.files import digest_of
 
-_MOST_HEADERS = 100_000  # opening more files than this before the first step would take minutes
 _UNREADABLE = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
 )
 
 _T = TypeVar("_T")
-_Item = tuple[str, int, int]
-"""Path below the root, class id, size in bytes."""
 
 
 class FolderSource:
@@ -67,12 +67,8 @@ class FolderSource:
         beside = walk(base, self._root, Dropped(), is_deep=False) if folders != [base] else []
         for path, _ in beside:
             dropped.add("images beside the class folders", path)
-        items = [
-            (path, label, size)
-            for label, folder in enumerate(folders)
-            if os.path.isdir(folder)
-            for path, size in walk(folder, self._root, dropped)
-        ]
+        items, indexed = list_images(self._root, folders, dropped)
+        notes += indexed
         notes += dropped.notes
         if not items:
             raise DataError(f"no images in {printable(base)}; expected {_wanted()}")
@@ -94,7 +90,7 @@ class FolderSource:
         if held_out:
             items = _hold_out(items, split, config.eval_fraction, config.eval_images, self._root)
         elif split == "eval":
-            items = sorted(items, key=_rank)[: config.eval_images]
+            items = _ranked(items)[: config.eval_images]
         if split == "train" and len({label for _, label, _ in items}) < len(folders):
             notes.append("classes of one image were held out for evaluation: some classes have no training image")
         self.notes = tuple(notes)
@@ -116,15 +112,15 @@ class FolderSource:
         """Return the path of an image below the folder."""
         return self._items[index][0]
 
-    def _check_headers(self, items: list[_Item], threads: int) -> list[_Item]:
-        def fault_of(item: _Item) -> str:
+    def _check_headers(self, items: list[Item], threads: int) -> list[Item]:
+        def fault_of(item: Item) -> str:
             try:
                 _with_file(os.path.join(self._root, item[0]), lambda file: check_header(file, self._rules))
             except DamagedImage as fault:
                 return str(fault)
             return ""
 
-        if len(items) > _MOST_HEADERS:
+        if len(items) >= SMALLEST_KEPT:  # opening so many before the first step would take minutes
             faults = ["" if size else "empty file" for _, _, size in items]
         else:
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -148,12 +144,13 @@ def _with_file(path: str, use: Callable[[BufferedReader], _T]) -> _T:
         raise StorageError(f"cannot read {printable(path)}: {fault.strerror}") from None
 
 
-def _rank(item: _Item) -> bytes:
+def _ranked(items: list[Item]) -> list[Item]:
     """Order files by a hash of their name: the same on every machine, and stable when files are added."""
-    return hashlib.blake2b(os.fsencode(item[0]), digest_size=8).digest()
+    hashes = b"".join(hashlib.blake2b(os.fsencode(item[0]), digest_size=8).digest() for item in items)
+    return [items[place] for place in np.argsort(np.frombuffer(hashes, ">u8"), kind="stable").tolist()]
 
 
-def _hold_out(items: list[_Item], split: Split, fraction: float, most: int, root: str) -> list[_Item]:
+def _hold_out(items: list[Item], split: Split, fraction: float, most: int, root: str) -> list[Item]:
     """Split by name: the lowest-ranked files are for evaluation, but every class keeps at least one for training.
 
     Only where every class has a single image do some lose it.
@@ -163,8 +160,8 @@ def _hold_out(items: list[_Item], split: Split, fraction: float, most: int, root
     for _, label, _ in items:
         left[label] = left.get(label, 0) + 1
     spare_none = max(left.values()) == 1 < len(items)
-    held: list[_Item] = []
-    for item in sorted(items, key=_rank):
+    held: list[Item] = []
+    for item in _ranked(items):
         if len(held) == wanted:
             break
         if left[item[1]] > 1 or spare_none:

@@ -80,6 +80,8 @@ def refuse_one_level_too_high(
     depth = len(os.path.relpath(base, root).split(os.sep)) if base != root else 0
     inner: dict[int, set[str]] = {}
     for path, label, _ in items:
+        if path.count(os.sep) <= depth + 1 and "" in inner.get(label, ()):
+            continue  # nearly all of a million
         rest = path.split(os.sep, depth + 2)[depth + 1 :]
         inner.setdefault(label, set()).add(rest[0] if len(rest) > 1 else "")
     nested = {label: found for label, found in inner.items() if "" not in found}

@@ -74,16 +74,22 @@ def sub_folders(folder: str, dropped: Dropped | None = None) -> list[str]:
     return sorted(found, key=os.fsencode)
 
 
-def walk(top: str, root: str, dropped: Dropped, *, is_deep: bool = True) -> list[tuple[str, int]]:
+def walk(
+    top: str, root: str, dropped: Dropped, *, is_deep: bool = True, seen: dict[str, int] | None = None
+) -> list[tuple[str, int]]:
     """Return path below `root` and size in bytes of the images in a folder, sorted; -1 where a size cannot be read.
 
-    Links to folders are not followed. Without `is_deep`, sub-folders are passed over.
+    Links to folders are not followed. Without `is_deep`, sub-folders are passed over. `seen` takes up the folders
+    that were listed, with their times of change in ns.
     """
     start = len(os.path.join(root, ""))
     found: list[tuple[str, int]] = []
     stack = [top]
     while stack:
-        for entry in entries(stack.pop()):
+        folder = stack.pop()
+        if seen is not None:
+            seen[folder] = os.stat(folder).st_mtime_ns  # before the listing: what changes later is noticed later
+        for entry in entries(folder):
             name = entry.name
             if entry.is_dir(follow_symlinks=False):
                 if not is_deep:
