@@ -10,6 +10,7 @@ from PIL import Image
 
 from ear_jax.config.schema import DataConfig
 from ear_jax.data import folder as folder_module
+from ear_jax.data import folder_index
 from ear_jax.data.images import DamagedImage, printable
 from ear_jax.data.loader import Loader, eval_batches
 from ear_jax.data.open import open_split
@@ -203,6 +204,29 @@ def test_numbered_classes_are_sorted_as_numbers_and_text_is_a_choice(tmp_path):
     assert in_order(old, ("0", "1", "2")) is old and in_order(old, old.class_names) is old
     put(tmp_path / "x" / "0.png")
     assert open_both(tmp_path)[0].class_names == ("0", "1", "10", "2", "x")
+
+
+def test_the_index_of_a_large_folder_holds_until_a_folder_changes(pets, tmp_path, monkeypatch):
+    monkeypatch.setenv("EAR_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_index, "SMALLEST_KEPT", 10)
+    (pets / "cat" / "notes.txt").write_text("")
+    (pets / "cat" / "more").mkdir()
+    for fresh in (True, False):  # a folder that has just changed may change again within the clock's tick
+        for folder in (pets / "cat" / "more", pets / "cat", pets / "dog"):
+            os.utime(folder, None if fresh else (1, 1))
+        first = open_both(pets)[0]
+        assert bool(list(tmp_path.glob("cache/folders/*.npz"))) is not fresh
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_index, "walk", None)
+        again = open_both(pets)[0]
+    assert again.digest == first.digest and [*again.notes[:-1]] == [*first.notes]
+    assert "16 files are listed from" in again.notes[-1] and "cat/notes.txt" in again.notes[0]
+    put(pets / "cat" / "more" / "new.png")
+    changed = open_both(pets)[0]
+    assert changed.digest != first.digest and not any("are listed from" in note for note in changed.notes)
+    for path in tmp_path.glob("cache/folders/*.npz"):
+        path.write_bytes(b"damaged")
+    assert open_both(pets)[0].digest == changed.digest
 
 
 def test_what_systems_leave_behind_is_no_class_at_any_level(pets):
