@@ -10,6 +10,7 @@ from ear_jax.config.schema import Config
 from ear_jax.files import write_json
 from ear_jax.folders.workdir import Workdir
 from ear_jax.metrics.reference import Reference
+from ear_jax.metrics.reference_files import ReferenceStatistics
 from ear_jax.stages.references import _by_name
 from ear_jax.stages.session import keep_class_order, stored_class_order
 
@@ -25,7 +26,7 @@ def test_a_run_of_an_earlier_version_keeps_the_text_order(tmp_path):
 def test_rows_of_a_reference_are_matched_by_name():
     said: list[str] = []
     session = cast(Any, SimpleNamespace(say=said.append))
-    labels, statistics = np.asarray([0, 1, 2, -1], np.int32), cast(Any, None)
+    labels, statistics = np.asarray([0, 1, 2, -1], np.int32), object.__new__(ReferenceStatistics)
     names = ("0", "2", "10")
     by_name = _by_name(session, Reference(statistics, None, labels, ("0", "10", "2")), names, Path("x.npz"))
     assert by_name.labels is not None and by_name.labels.tolist() == [0, 2, 1, -1]
