@@ -1,8 +1,6 @@
 """Names decide which class is which: between a run and its past, the data and reference statistics."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from ear_jax.folders.workdir import Workdir
 from ear_jax.metrics.reference import Reference
 from ear_jax.metrics.reference_files import ReferenceStatistics
 from ear_jax.stages.references import _by_name
-from ear_jax.stages.session import keep_class_order, stored_class_order
+from ear_jax.stages.session import Session, keep_class_order, stored_class_order
 
 
 def test_a_run_of_an_earlier_version_keeps_the_text_order(tmp_path):
@@ -25,7 +23,15 @@ def test_a_run_of_an_earlier_version_keeps_the_text_order(tmp_path):
 
 def test_rows_of_a_reference_are_matched_by_name():
     said: list[str] = []
-    session = cast(Any, SimpleNamespace(say=said.append))
+
+    class Heard(Session):
+        def __init__(self) -> None:
+            pass
+
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    session = Heard()
     labels, statistics = np.asarray([0, 1, 2, -1], np.int32), object.__new__(ReferenceStatistics)
     names = ("0", "2", "10")
     by_name = _by_name(session, Reference(statistics, None, labels, ("0", "10", "2")), names, Path("x.npz"))
