@@ -69,6 +69,18 @@ class DataConfig:
     use_flip: bool = key(True, "mirror images left-right with probability one half")
     eval_images: int = key(1_000, "images held out for evaluation, at most", low=1)
     eval_fraction: float = key(0.05, "fraction held out when a folder has no test or val split", above=0.0, below=1.0)
+    layout: str = key(
+        "auto",
+        "what the sub-folders of folder:PATH are; auto refuses what could be either",
+        choices=("auto", "classes", "splits"),
+        affects_result=False,
+    )
+    class_order: str = key(
+        "auto",
+        "order of class folders: auto sorts whole numbers as numbers, text never does, as in earlier versions",
+        choices=("auto", "text"),
+        affects_result=False,
+    )
     use_exif_orientation: bool = key(False, "rotate as the EXIF tag says (reference pipelines ignore it)")
     alpha_background: int = key(255, "grey level that transparent pixels are composited onto", low=0, high=255)
     min_side_px: int = key(2, "images with a shorter side are quarantined", low=1)

@@ -1,7 +1,7 @@
 """Image files in class sub-folders, in whatever layout people have them: found, checked, split and read.
 
-Layouts: PATH/{train,val|validation|test}/CLASS/..., PATH/CLASS/... (a fixed fraction is held out), or PATH/*.jpg (one
-class). Class ids follow the sorted folder names. Decoding is `images.py`.
+Layouts: PATH/{train,val …}/CLASS/..., PATH/CLASS/... (a fixed fraction is held out), or PATH/*.jpg (one class).
+`layout.py` tells them apart, `tree.py` says what is an image, decoding is `images.py`.
 """
 
 import concurrent.futures
@@ -12,22 +12,22 @@ from collections.abc import Callable
 from io import BufferedReader
 from typing import TypeVar
 
+import numpy as np
+
 from ear_jax.config.schema import DataConfig
-from ear_jax.data.images import EXTENSIONS, DamagedImage, DecodeRules, check_header, printable
+from ear_jax.data.folder_index import SMALLEST_KEPT, Item, list_images
+from ear_jax.data.images import DamagedImage, DecodeRules, check_header, printable
+from ear_jax.data.layout import find_layout, refuse_one_level_too_high
 from ear_jax.data.sources import Quarantine, Split
+from ear_jax.data.tree import Dropped, class_order, sub_folders, walk
 from ear_jax.errors import ConfigError, DataError, StorageError
 from ear_jax.files import digest_of
 
-_EVAL_FOLDERS = ("val", "validation", "test")
-_SPLIT_FOLDERS = frozenset({"train", *_EVAL_FOLDERS})
-_MOST_HEADERS = 100_000  # opening more files than this before the first step would take minutes
 _UNREADABLE = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
 )
 
 _T = TypeVar("_T")
-_Item = tuple[str, int, int]
-"""Path below the root, class id, size in bytes."""
 
 
 class FolderSource:
@@ -38,25 +38,44 @@ class FolderSource:
         self._rules = rules
         if not os.path.isdir(self._root):
             raise ConfigError(f"config.data.source: {printable(path)!r} is not a folder; expected folder:PATH")
-        notes: list[str] = []
-        base, held_out = _locate(self._root, split)
-        train = base if held_out else os.path.join(self._root, "train")
-        folders = _class_folders(train)
-        self.class_names = tuple(printable(os.path.basename(folder)) for folder in folders)
+        layout = find_layout(self._root, config.layout)
+        notes, dropped = list(layout.notes), Dropped()
+        held_out = layout.held_out is None
+        train = layout.train
+        base = train if split == "train" or layout.held_out is None else layout.held_out
+        known = {os.path.basename(folder): folder for folder in sub_folders(train, dropped)}
+        names = class_order(known, config.class_order) or [os.path.basename(os.path.abspath(train))]
+        if names != class_order(names, "text"):
+            notes.append(
+                f"class folders are numbered: ids follow the numbers ({_listed(names, 4)}), not the text order "
+                f"({_listed(class_order(names, 'text'), 4)}); --config.data.class_order=text keeps that"
+            )
+        elif names and known and all(name.isdecimal() for name in names) and config.class_order == "text":
+            notes.append(f"class folders are numbered, and ids follow the text order ({_listed(names, 4)})")
+        self.class_names = tuple(printable(name) for name in names)
+        folders = [os.path.join(base, name) for name in names] if known else [base]
         if base != train:
-            known = {os.path.basename(folder): label for label, folder in enumerate(folders)}
-            strange = [f for f in _class_folders(base) if os.path.basename(f) not in known]
+            strange = [f for f in sub_folders(base) if known and os.path.basename(f) not in known]
             if strange:
                 raise DataError(
                     f"{printable(base)} has classes that the training folder lacks: {_listed(strange)}. "
                     "Both must use the same class folder names"
                 )
-            folders = [os.path.join(base, os.path.basename(f)) for f in folders]
-        items, ignored = _scan(self._root, base, folders)
-        if ignored:
-            notes.append(f"{ignored} files were ignored: no image extension, or beside the class folders")
+            absent = [f for f in folders if not os.path.isdir(f)]
+            if absent:
+                notes.append(f"{len(absent)} classes have no folder in {printable(base)}: {_listed(absent)}")
+        beside = walk(base, self._root, Dropped(), is_deep=False) if folders != [base] else []
+        for path, _ in beside:
+            dropped.add("images beside the class folders", path)
+        items, indexed = list_images(self._root, folders, dropped)
+        notes += indexed
+        notes += dropped.notes
         if not items:
             raise DataError(f"no images in {printable(base)}; expected {_wanted()}")
+        if split == "train" and known:
+            notes += refuse_one_level_too_high(self._root, base, names, items, config.layout)
+        if len(names) == 1 and split == "train":
+            notes.append(f"one class only: {self.class_names[0]}")
         empty = sorted(set(range(len(folders))) - {label for _, label, _ in items})
         if empty and split == "train":
             raise DataError(
@@ -71,7 +90,7 @@ class FolderSource:
         if held_out:
             items = _hold_out(items, split, config.eval_fraction, config.eval_images, self._root)
         elif split == "eval":
-            items = sorted(items, key=_rank)[: config.eval_images]
+            items = _ranked(items)[: config.eval_images]
         if split == "train" and len({label for _, label, _ in items}) < len(folders):
             notes.append("classes of one image were held out for evaluation: some classes have no training image")
         self.notes = tuple(notes)
@@ -93,103 +112,24 @@ class FolderSource:
         """Return the path of an image below the folder."""
         return self._items[index][0]
 
-    def _check_headers(self, items: list[_Item], threads: int) -> list[_Item]:
-        def fault_of(item: _Item) -> str:
-            path, _, size = item
+    def _check_headers(self, items: list[Item], threads: int) -> list[Item]:
+        def fault_of(item: Item) -> str:
             try:
-                if len(items) <= _MOST_HEADERS:
-                    _with_file(os.path.join(self._root, path), lambda file: check_header(file, self._rules))
-                elif size == 0:
-                    raise DamagedImage("empty file")
+                _with_file(os.path.join(self._root, item[0]), lambda file: check_header(file, self._rules))
             except DamagedImage as fault:
                 return str(fault)
             return ""
 
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            faults = list(pool.map(fault_of, items, chunksize=256))
+        if len(items) >= SMALLEST_KEPT:  # opening so many before the first step would take minutes
+            faults = ["" if size else "empty file" for _, _, size in items]
+        else:
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                faults = list(pool.map(fault_of, items))
         for (path, _, _), fault in zip(items, faults, strict=True):
             if fault:
                 self.quarantine.add(path, fault, enforce=False)
         self.quarantine.enforce()
         return [item for item, fault in zip(items, faults, strict=True) if not fault]
-
-
-def _locate(root: str, split: Split) -> tuple[str, bool]:
-    """Return the folder a split is read from, and whether evaluation images are held out of it."""
-    folders = {os.path.basename(folder) for folder in _sub_folders(root)}
-    # A class may be called "train": only folders of folders are taken for splits.
-    if "train" not in folders or not folders <= _SPLIT_FOLDERS or not _sub_folders(os.path.join(root, "train")):
-        return root, True
-    for name in _EVAL_FOLDERS:
-        if name in folders and _sub_folders(os.path.join(root, name)):
-            return os.path.join(root, "train" if split == "train" else name), False
-    return os.path.join(root, "train"), True
-
-
-def _class_folders(base: str) -> list[str]:
-    return _sub_folders(base) or [base]
-
-
-def _sub_folders(folder: str) -> list[str]:
-    """List visible sub-folders, sorted by their bytes; links that lead back up the tree are left out."""
-    here = os.path.realpath(folder)
-    found = []
-    for entry in _entries(folder):
-        if entry.name.startswith((".", "__")):
-            continue
-        try:
-            is_folder = entry.is_dir()
-        except OSError:  # a link that points at itself
-            continue
-        if is_folder and not (entry.is_symlink() and (here + os.sep).startswith(os.path.realpath(entry.path) + os.sep)):
-            found.append(entry.path)
-    return sorted(found, key=os.fsencode)
-
-
-def _scan(root: str, base: str, folders: list[str]) -> tuple[list[_Item], int]:
-    """Find the image files of each class folder, sorted, and count other files. Links to folders are not followed."""
-    items: list[_Item] = []
-    ignored = 0
-    if folders != [base]:
-        ignored += sum(_is_image(entry.name) for entry in _entries(base) if not _is_folder(entry))
-    for label, top in enumerate(folders):
-        stack = [top] if os.path.isdir(top) else []
-        found: list[_Item] = []
-        while stack:
-            for entry in _entries(stack.pop()):
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    stack.append(entry.path)
-                elif _is_image(entry.name):
-                    found.append((os.path.relpath(entry.path, root), label, _size(entry)))
-                else:
-                    ignored += 1
-        items += sorted(found, key=lambda item: os.fsencode(item[0]))
-    return items, ignored
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as fault:
-        raise StorageError(f"cannot list {printable(folder)}: {fault.strerror}; check its permissions") from None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return -1  # a dangling or circular link: reading it reports why
 
 
 def _with_file(path: str, use: Callable[[BufferedReader], _T]) -> _T:
@@ -204,12 +144,13 @@ def _with_file(path: str, use: Callable[[BufferedReader], _T]) -> _T:
         raise StorageError(f"cannot read {printable(path)}: {fault.strerror}") from None
 
 
-def _rank(item: _Item) -> bytes:
+def _ranked(items: list[Item]) -> list[Item]:
     """Order files by a hash of their name: the same on every machine, and stable when files are added."""
-    return hashlib.blake2b(os.fsencode(item[0]), digest_size=8).digest()
+    hashes = b"".join(hashlib.blake2b(os.fsencode(item[0]), digest_size=8).digest() for item in items)
+    return [items[place] for place in np.argsort(np.frombuffer(hashes, ">u8"), kind="stable").tolist()]
 
 
-def _hold_out(items: list[_Item], split: Split, fraction: float, most: int, root: str) -> list[_Item]:
+def _hold_out(items: list[Item], split: Split, fraction: float, most: int, root: str) -> list[Item]:
     """Split by name: the lowest-ranked files are for evaluation, but every class keeps at least one for training.
 
     Only where every class has a single image do some lose it.
@@ -219,8 +160,8 @@ def _hold_out(items: list[_Item], split: Split, fraction: float, most: int, root
     for _, label, _ in items:
         left[label] = left.get(label, 0) + 1
     spare_none = max(left.values()) == 1 < len(items)
-    held: list[_Item] = []
-    for item in sorted(items, key=_rank):
+    held: list[Item] = []
+    for item in _ranked(items):
         if len(held) == wanted:
             break
         if left[item[1]] > 1 or spare_none:
@@ -234,9 +175,9 @@ def _hold_out(items: list[_Item], split: Split, fraction: float, most: int, root
     return [item for item in items if item[0] not in names]
 
 
-def _listed(paths: list[str]) -> str:
+def _listed(paths: list[str], most: int = 10) -> str:
     names = [printable(os.path.basename(path)) for path in paths]
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _wanted() -> str:

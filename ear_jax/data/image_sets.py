@@ -8,14 +8,15 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, Never, Protocol, cast, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from ear_jax.data.images import EXTENSIONS, DamagedImage, DecodeRules, check_header, decode, printable
+from ear_jax.data.images import DamagedImage, DecodeRules, check_header, decode, printable
+from ear_jax.data.tree import Dropped, sub_folders, walk
 from ear_jax.errors import DataError, StorageError
 from ear_jax.files import digest_of
 
@@ -37,7 +38,7 @@ class ImageSet(Protocol):
         path: where they lie.
         count: how many there are.
         image_px: their side.
-        labels: class ids int32 [count], or None where they are not known.
+        labels: class ids int32 [count], -1 for an image without one; None where there are none.
         digest: identifies the files.
         notes: what a reader of the score should know.
     """
@@ -60,9 +61,9 @@ def open_image_set(
     """Open a folder of images or an .npz with `arr_0`, and check that all images have one square size.
 
     Args:
-        path: Folder (searched with its sub-folders) or file.
-        class_ids: Class id by the name that stands in file names (`000012_circle.png`) or names the sub-folder. Where
-            an image has none of these names, no labels are known.
+        path: Folder (searched as a training folder is: with its sub-folders, without hidden ones) or file.
+        class_ids: Class id by the name of a sub-folder, at any level, or in file names (`000012_circle.png`), or in an
+            array of names. The order of folders plays no part.
         rules: How files are decoded.
 
     Raises:
@@ -72,7 +73,7 @@ def open_image_set(
     if where.is_dir():
         return _Folder(where, class_ids or {}, rules or DecodeRules())
     if where.is_file() and where.suffix == ".npz":
-        return _Archive(where)
+        return _Archive(where, class_ids or {})
     raise DataError(
         f"{printable(where)} is neither a folder nor an .npz file. Expected a folder of images, or a file with arr_0 "
         "uint8 [n, height, width, 3]."
@@ -82,21 +83,35 @@ def open_image_set(
 class _Folder:
     def __init__(self, path: Path, class_ids: Mapping[str, int], rules: DecodeRules) -> None:
         self.path, self._rules = path, rules
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        self._files = [p for p in found if p.name != GRID_NAME and not p.name.startswith(".")]
+        dropped, root = Dropped(), str(path)
+        found = walk(root, root, dropped, is_deep=False)
+        for folder in sub_folders(root, dropped):
+            found += walk(folder, root, dropped)
+        kept = []
+        for name, size in sorted(found, key=lambda item: item[0].split(os.sep)):
+            if os.path.basename(name) == GRID_NAME:
+                dropped.add("files that hold a grid of images", name)
+            else:
+                kept.append((name, size))
+        self._files = [path / name for name, _ in kept]
         if not self._files:
             raise DataError(f"no images in {printable(path)}. Expected image files, PNG rather than JPEG.")
         self.count = len(self._files)
-        notes = []
-        if len(found) > len(self._files):
-            notes.append(f"{len(found) - len(self._files)} files named {GRID_NAME} or hidden were left out.")
+        notes = dropped.notes
         if any(p.suffix.lower() in _LOSSY for p in self._files):
             notes.append("JPEG or WebP files among the images: their compression changes a Fréchet distance; use PNG.")
-        self.notes = tuple(notes)
         self.image_px = self._common_side()
-        ids = [class_ids.get(_class_of(p, path)) for p in self._files]
-        self.labels = None if None in ids else np.asarray(ids, np.int32)
-        self.digest = digest_of(*((str(p.relative_to(path)), p.stat().st_size) for p in self._files))
+        ids = [_class_of(name, class_ids) for name, _ in kept]
+        unknown = [name for (name, _), label in zip(kept, ids, strict=True) if label < 0]
+        self.labels = np.asarray(ids, np.int32) if len(unknown) < self.count else None
+        if unknown and class_ids:
+            notes.append(
+                f"{len(unknown)} of {self.count} images have no class in their name or folder (such as "
+                f"{printable(unknown[0])}): what needs classes is measured without them. "
+                f"Known classes: {_shortened(class_ids)}."
+            )
+        self.notes = tuple(notes)
+        self.digest = digest_of(*kept)
 
     def read(self, batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.count, batch_size):
@@ -117,8 +132,8 @@ class _Folder:
 
 
 class _Archive:
-    def __init__(self, path: Path) -> None:
-        self.path, self.notes = path, ()
+    def __init__(self, path: Path, class_ids: Mapping[str, int]) -> None:
+        self.path = path
         with _opened(path) as file:
             self.count, height, width, _ = _shape(file, path)
         self.image_px = _square(path, width, height)
@@ -126,10 +141,7 @@ class _Archive:
             self.digest = digest_of(
                 *sorted((entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist())
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            given = [arrays[name] for name in _LABELS if name in arrays.files]
-        fitting = [a for a in given if a.shape == (self.count,) and np.issubdtype(a.dtype, np.integer)]
-        self.labels = fitting[0].astype(np.int32) if fitting else None
+        self.labels, self.notes = _stored_labels(path, self.count, class_ids)
 
     def read(self, batch_size: int) -> Iterator[np.ndarray]:
         with _opened(self.path) as file:
@@ -179,6 +191,57 @@ def _shape(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
     return shape
 
 
+def _stored_labels(path: Path, count: int, class_ids: Mapping[str, int]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Return class ids int32 [count] of an archive, and what to tell; raises DataError for what could be misread."""
+    with np.load(path, allow_pickle=False) as arrays:
+        name = next((name for name in _LABELS if name in arrays.files), None)
+        if name is None:
+            return None, ()
+        try:
+            given = arrays[name]
+        except ValueError:
+            _refuse_labels(path, name, "holds Python objects, which are not read since reading runs code")
+        except _FAULTS as error:
+            raise _damaged(path, f"{name}: {error}") from error
+    what = f"is {given.dtype} {list(given.shape)}"
+    if given.shape[:1] != (count,):
+        _refuse_labels(path, name, f"{what}, for {count} images")
+    if given.ndim == 2 and given.shape[1] > 1 and given.dtype.kind in "biuf":
+        if not (np.isin(given, (0, 1)).all() and (given.sum(axis=1) == 1).all()):
+            _refuse_labels(path, name, f"{what}, whose rows are not one-hot")
+        return given.argmax(axis=1).astype(np.int32), (f"{name} is one-hot: read as {given.shape[1]} classes.",)
+    if given.size != count:
+        _refuse_labels(path, name, what)
+    values = given.reshape(count)
+    if values.dtype.kind in "US":
+        texts = (np.char.decode(values, "utf-8", "replace") if values.dtype.kind == "S" else values).tolist()
+        if not class_ids:
+            return None, (f"{name} holds class names, but no classes are known here: no labels.",)
+        wrong = sorted({text for text in texts if text not in class_ids})
+        if wrong:
+            _refuse_labels(
+                path, name, f"has names that are no class ({_shortened(wrong)}; known {_shortened(class_ids)})"
+            )
+        return np.asarray([class_ids[text] for text in texts], np.int32), ()
+    if values.dtype.kind not in "iuf" or not np.isfinite(values).all() or (values != np.floor(values)).any():
+        _refuse_labels(path, name, f"{what}, not whole numbers")
+    if values.min() < 0 or values.max() > np.iinfo(np.int32).max:
+        _refuse_labels(path, name, f"holds {values.min()} to {values.max()}, which are no class ids")
+    return values.astype(np.int32), ()
+
+
+def _refuse_labels(path: Path, name: str, what: str) -> Never:
+    raise DataError(
+        f"{printable(path)}: {name} {what}. Expected the class of each image, as whole numbers [N] or [N,1], "
+        "one-hot [N,classes] or text [N]; mend it, or take it out to score without classes."
+    )
+
+
+def _shortened(names: Iterable[str]) -> str:
+    listed = [printable(name) for name in names]
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(f"{path} is no sound .npz ({what}). Expected the file as it was written; copy or make it again.")
 
@@ -194,6 +257,8 @@ def _square(path: Path, width: int, height: int) -> int:
 
 def _guarded(file: Path, use: Any) -> Any:
     try:
+        if not file.is_file():
+            raise DamagedImage("missing, or not a regular file")  # opening a pipe would wait for ever
         with open(file, "rb") as stream:
             return use(stream)
     except (OSError, DamagedImage) as error:
@@ -209,9 +274,10 @@ def _size(stream: BinaryIO, rules: DecodeRules) -> tuple[int, int]:
         return image.size
 
 
-def _class_of(file: Path, root: Path) -> str:
-    folder = file.relative_to(root).parent
-    if folder.parts:
-        return folder.parts[-1]
-    matched = _NUMBERED.fullmatch(file.stem)
-    return matched.group(1) if matched else file.stem
+def _class_of(path: str, class_ids: Mapping[str, int]) -> int:
+    """Return the id of the outermost folder that is a class, as in training, else of the file's name, else -1."""
+    *folders, file = path.split(os.sep)
+    stem = os.path.splitext(file)[0]
+    matched = _NUMBERED.fullmatch(stem)
+    names = (*folders, matched.group(1) if matched else stem)
+    return next((class_ids[name] for name in names if name in class_ids), -1)

@@ -9,9 +9,12 @@ import io
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ear_jax.config.schema import DataConfig
 
@@ -21,6 +24,8 @@ EXTENSIONS = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm"}
 )
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG = 258
+_PHOTOMETRIC_TAG = 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,17 +127,38 @@ def _check_size(size: tuple[int, int], rules: DecodeRules) -> None:
 
 
 def _to_rgb(image: Image.Image, rules: DecodeRules) -> Image.Image:
-    orientation = _orientation(image) if rules.use_exif_orientation else 1
+    # Pillow's TIFF decoder turns the image and drops the tag; its PNG reader decodes to find the tag, hiding damage.
+    is_turned, file = isinstance(image, TiffImageFile), getattr(image, "fp", None)
+    packing = image.tile[0][3] if isinstance(image, PngImageFile) and image.tile else ""
+    orientation = _orientation(image) if is_turned else 1
     image.load()
+    if rules.use_exif_orientation and not is_turned:
+        orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = _wide_to_rgb(image)
+        pixels = _wide_to_rgb(image, rules.alpha_background)
+    elif packing == "RGB;16B" and "transparency" in image.info:
+        is_clear = _is_wide_key(image, file)
+        opaque = Image.fromarray(np.where(is_clear, 0, 255).astype(np.uint8))
+        pixels = _composite(Image.merge("RGBA", (*image.split(), opaque)), rules.alpha_background)
     elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        if packing in ("L;2", "L;4"):  # Pillow scales the pixels to 8 bits, but not the key
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}[packing]
         pixels = _composite(image.convert("RGBA"), rules.alpha_background)
     else:
         pixels = image.convert("RGB") if image.mode != "RGB" else image.copy()
-    if orientation in _TRANSPOSE:
-        pixels = pixels.transpose(_TRANSPOSE[orientation])
+    if orientation in _TRANSPOSE and rules.use_exif_orientation != is_turned:
+        pixels = pixels.transpose(_TRANSPOSE[{6: 8, 8: 6}.get(orientation, orientation) if is_turned else orientation])
     return pixels
+
+
+def _is_wide_key(image: Image.Image, file: Any) -> np.ndarray:
+    """Tell which pixels of a 16-bit RGB PNG have its transparent colour; Pillow decodes the high bytes alone."""
+    file.seek(0)
+    with Image.open(file, formats=("PNG",)) as again:
+        first = again.tile[0]
+        again.tile = [first._replace(args="RGB;16L")]  # takes the other byte of each pair
+        low = np.asarray(again).astype(int)
+    return (np.asarray(image).astype(int) * 256 + low == image.info["transparency"]).all(axis=-1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -142,15 +168,23 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _wide_to_rgb(image: Image.Image) -> Image.Image:
+def _wide_to_rgb(image: Image.Image, background: int) -> Image.Image:
     """Scale 16-bit gray by 1/257, which maps 65535 to 255; Pillow's own conversion would clip instead."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         raise DamagedImage("floating-point pixels have no defined range")
-    if values.min() < 0 or values.max() > 65_535:
+    values, most = values.astype(np.int64), 65_535
+    if isinstance(image, TiffImageFile):
+        most = 4_095 if image.tag_v2.get(_BITS_TAG) == (12,) else most
+        if image.tag_v2.get(_PHOTOMETRIC_TAG) == 0:  # white is 0; Pillow turns narrower pixels round, but not these
+            values = most - values
+    if values.min() < 0 or values.max() > most:
         raise DamagedImage("integer pixels beyond 16 bits")
-    gray = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
-    return Image.fromarray(gray).convert("RGB")
+    gray = Image.fromarray(((255 * values + most // 2) // most).astype(np.uint8))
+    if "transparency" not in image.info:
+        return gray.convert("RGB")
+    opaque = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+    return _composite(Image.merge("LA", (gray, opaque)).convert("RGBA"), background)
 
 
 def _composite(image: Image.Image, background: int) -> Image.Image:

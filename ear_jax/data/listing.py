@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ear_jax.config.schema import DataConfig
-from ear_jax.data.images import EXTENSIONS, printable
+from ear_jax.data.images import printable
 from ear_jax.data.tfds import TfdsSource
+from ear_jax.data.tree import is_image, is_no_class
 from ear_jax.errors import DataError, StorageError
 from ear_jax.files import digest_of, write_bytes
 
@@ -49,12 +50,11 @@ def list_images(root: str) -> Listing | None:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith((".", "__")):
-                        continue
                     # Links to folders are followed where they can be classes: at the top, and below a split folder.
                     if entry.is_dir(follow_symlinks=name.count("/") < 1 and not _leads_up(entry, folder)):
-                        waiting.append((f"{name}/{entry.name}".lstrip("/"), entry.path))
-                    elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                        if not is_no_class(entry.name):
+                            waiting.append((f"{name}/{entry.name}".lstrip("/"), entry.path))
+                    elif is_image(entry.name) and not entry.name.startswith("."):
                         sizes[entry.name] = _size(entry)
         except OSError as fault:
             raise StorageError(f"cannot list {printable(folder)}: {fault.strerror}; check its permissions") from None

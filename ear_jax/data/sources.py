@@ -246,3 +246,29 @@ class Subset:
         """Return the rows at int64 [B], mirrored where bool [B] says so; "index" is the place in this draw."""
         rows = self._source.batch(self._rows[indices], flips)
         return {**rows, "index": np.asarray(indices, np.int64)}
+
+
+class Renumbered:
+    """A source whose class ids are the places of its classes in another order of the same names."""
+
+    def __init__(self, source: SplitSource, class_names: Sequence[str]) -> None:
+        places = {name: index for index, name in enumerate(class_names)}
+        self._source, self._ids = source, np.asarray([places[name] for name in source.class_names], np.int32)
+        self.class_names, self.image_px = tuple(class_names), source.image_px
+        self.notes, self.quarantine = source.notes, source.quarantine
+        self.decodes = getattr(source, "decodes", False)
+        self.digest = digest_of(source.digest, self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> Rows:
+        """Return rows of the source with their ids in this order."""
+        rows = self._source.batch(indices, flips)
+        return {**rows, "label": self._ids[rows["label"]]}
+
+
+def in_order(source: SplitSource, class_names: Sequence[str]) -> SplitSource:
+    """Return the source with its classes in the given order, where the names are the same ones; else as it is."""
+    is_other = source.class_names != tuple(class_names) and len(source.class_names) == len(class_names)
+    return Renumbered(source, class_names) if is_other and set(source.class_names) == set(class_names) else source

@@ -32,7 +32,7 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         images: uint8 pixels.
-        labels: class ids: what was asked for (samples) or is true (real images); None where there are none.
+        labels: class ids: what was asked for (samples) or is true (real images), -1 for none; None where all lack one.
         numbers: place of each image in the whole set, over all processes; None counts from 0, in one process only.
     """
 
@@ -121,7 +121,9 @@ class Collector:
         if self._logits is not None:
             self._logits.update(numbers, {"logits": outputs["logits"]})
         if len(self._answers) and labels is not None and len(labels):
-            self._count_answers(labels, outputs["logits"])
+            known = np.asarray(labels) != NO_LABEL
+            if known.any():
+                self._count_answers(labels[known], outputs["logits"][known])
 
     def gathered(self) -> Collected:
         """Bring the processes' shares together; every process must call, each with at least one image.

@@ -269,10 +269,16 @@ def _distance(a: np.ndarray, b: np.ndarray, beta: float) -> np.ndarray:
 
 def _diversity(seen: Seen) -> Scores:
     generated, real = seen.collected, seen.real
-    if real.labels is None or NO_LABEL in generated.labels or NO_LABEL in real.labels:
+    assert real.labels is not None
+    known, truly = generated.labels != NO_LABEL, real.labels != NO_LABEL
+    if not known.any() or not truly.any():
         raise DataError("Labels are missing: diversity is measured within a class.")
     found = sample_diversity(
-        generated.features, generated.labels, seen.real_features, real.labels, seed=seen.settings.seed
+        generated.features[known],
+        generated.labels[known],
+        seen.real_features[truly],
+        real.labels[truly],
+        seed=seen.settings.seed,
     )
     values = {
         "diversity": found.distance_ratio,

@@ -28,11 +28,13 @@ class Reference:
         statistics: what the Fréchet distances need, and where it comes from.
         features: a uniform choice of rows [m, D], or None.
         labels: class ids of these rows, or None.
+        class_names: names by class id; empty where the file does not say.
     """
 
     statistics: ReferenceStatistics
     features: Float[np.ndarray, "m D"] | None = None
     labels: Int[np.ndarray, " m"] | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def reference_moments(
@@ -84,7 +86,8 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> str:
     if reference.features is not None:
         labels = reference.labels if reference.labels is not None else np.zeros(0, np.int32)
         with atomic_file(rows_path(path)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, features=reference.features, labels=labels, belongs_to=np.asarray(digest))
+            names = np.asarray(reference.class_names, np.str_)
+            np.savez(file, features=reference.features, labels=labels, belongs_to=np.asarray(digest), class_names=names)
     return digest
 
 
@@ -102,6 +105,7 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
     try:
         with open(rows, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             features, labels, owner = arrays["features"], arrays["labels"], str(arrays["belongs_to"])
+            names = tuple(arrays["class_names"].tolist()) if "class_names" in arrays.files else ()
     except OSError as error:
         raise StorageError(f"Cannot read {rows}: {error.strerror or error}.") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -110,7 +114,7 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
         raise DataError(
             f"{rows} was made with other statistics than {path}. Copy both files, or build them with --task=stats."
         )
-    return Reference(statistics, features, labels if len(labels) == len(features) else None)
+    return Reference(statistics, features, labels if len(labels) == len(features) else None, names)
 
 
 def rows_path(path: str | os.PathLike[str]) -> Path:

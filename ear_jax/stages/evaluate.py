@@ -12,7 +12,8 @@ from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.data.image_sets import open_image_set
 from ear_jax.data.open import open_split
-from ear_jax.data.sources import SplitSource, Subset
+from ear_jax.data.sources import Renumbered, SplitSource, Subset, in_order
+from ear_jax.data.tree import class_order
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import digest_of, write_json
 from ear_jax.folders import model_folder
@@ -73,8 +74,10 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
         report(session, json.loads(workdir.evaluation.read_text()))
         return
     loaded = pipeline.load(chosen)
-    train = open_split(config.data, "train", seed=config.seed)
-    held_out = open_split(config.data, "eval", seed=config.seed)
+    train = in_order(open_split(config.data, "train", seed=config.seed), loaded.class_names)
+    held_out = in_order(open_split(config.data, "eval", seed=config.seed), loaded.class_names)
+    if isinstance(train, Renumbered):
+        session.say(f"data        its classes are matched with the model's by name, whose order is {_first(loaded)}")
     is_numbered = loaded.class_names == tuple(map(str, range(len(train.class_names))))
     if train.class_names != loaded.class_names and not is_numbered:
         raise ConfigError(
@@ -139,6 +142,8 @@ def evaluate_images(session: Session) -> None:
     train = open_split(config.data, "train", seed=config.seed) if needs_data else None
     names = train.class_names if train else ()
     images = open_image_set(settings.images, class_ids=class_ids(names))
+    if images.labels is not None and images.path.is_file() and class_order(names) != class_order(names, "text"):
+        session.say(f"labels      class ids of {images.path.name} are taken in the order of the data's classes")
     if train is not None and images.image_px != config.data.image_px:
         raise DataError(
             f"the images of {images.path} have {images.image_px} pixels a side, config.data.image_px is "
@@ -164,6 +169,10 @@ def evaluate_images(session: Session) -> None:
     session.ledger.event("evaluation", stage="images", **result)
     report(session, result)
     session.say(f"evaluation  written to {path}")
+
+
+def _first(loaded: pipeline.Pipeline) -> str:
+    return ", ".join(loaded.class_names[:4]) + (" …" if len(loaded.class_names) > 4 else "")
 
 
 def _samples(loaded: pipeline.Pipeline, measure: Measure, config: Config, weights: str) -> tuple[Scores, Scores]:

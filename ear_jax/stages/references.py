@@ -13,12 +13,12 @@ from ear_jax.config.schema import Config
 from ear_jax.data.image_sets import ImageSet, open_image_set
 from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.sources import Source, SplitSource, Subset
+from ear_jax.data.sources import Source, SplitSource, Subset, in_order
 from ear_jax.distributed.process import barrier, on_first_process
 from ear_jax.errors import DataError
 from ear_jax.files import cache_folder, digest_of, file_sha256
 from ear_jax.folders.pictures import safe_name
-from ear_jax.metrics.collector import ImageBatch, ScoreSettings
+from ear_jax.metrics.collector import NO_LABEL, ImageBatch, ScoreSettings
 from ear_jax.metrics.feature_weights import INCEPTION, inception_weights
 from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork, InceptionNetwork
 from ear_jax.metrics.reference import Reference, load_reference, reference_moments, save_reference
@@ -100,7 +100,7 @@ def open_reference(session: Session, network: FeatureNetwork, train: SplitSource
     """
     config, given = session.config, session.config.evaluate.reference
     if given:
-        return _from_path(session, network, Path(given).expanduser())
+        return _from_path(session, network, Path(given).expanduser(), train.class_names if train else ())
     source = split_of(config, train)
     record = digest_of(source.digest, network.digest, config.evaluate.knn_samples, config.seed)
     path = session.workdir.stage("evaluation") / f"reference_{record}.npz"
@@ -128,6 +128,7 @@ def measure_reference(session: Session, network: FeatureNetwork, source: Source,
         source_digest=source.digest,
         settings=score_settings(config),
     )
+    reference = dataclasses.replace(reference, class_names=source.class_names)
     if session.is_first:
         save_reference(path, reference)
     barrier("reference: written")
@@ -139,6 +140,7 @@ def split_of(config: Config, train: SplitSource | None = None) -> Source:
     is_open = train is not None and config.stats.split == "train"
     whole = train if is_open else open_split(config.data, config.stats.split, seed=config.seed)  # pyright: ignore[reportArgumentType]
     assert whole is not None
+    whole = in_order(whole, train.class_names) if train is not None else whole
     return Subset(whole, config.stats.images, seed=config.seed) if config.stats.images else whole
 
 
@@ -180,11 +182,13 @@ def class_ids(class_names: Iterable[str]) -> dict[str, int]:
     }
 
 
-def _from_path(session: Session, network: FeatureNetwork, path: Path) -> Reference:
+def _from_path(session: Session, network: FeatureNetwork, path: Path, names: tuple[str, ...]) -> Reference:
     has_images = path.is_dir() or (path.suffix == ".npz" and zipfile.is_zipfile(path) and _holds(path, "arr_0"))
     if not has_images:
-        return load_reference(path)
-    images = open_image_set(path)
+        return _by_name(session, load_reference(path), names, path)
+    images = open_image_set(path, class_ids=class_ids(names))
+    for note in images.notes:
+        session.say(f"reference   {note}")
     session.say(f"reference   measuring the {images.count} images of {path} in the features of {network.name}")
     measured = reference_moments(
         network,
@@ -197,6 +201,22 @@ def _from_path(session: Session, network: FeatureNetwork, path: Path) -> Referen
         return measured
     # The statistics in an ADM file are of many more images than the ones that it holds.
     return Reference(load_reference(path).statistics, measured.features, measured.labels)
+
+
+def _by_name(session: Session, reference: Reference, names: tuple[str, ...], path: Path) -> Reference:
+    """Give the rows of a reference the ids that their classes have in `names`."""
+    known = reference.class_names
+    if reference.labels is None or not names or known == names:
+        return reference
+    if not known:
+        session.say(f"reference   {path.name} has class ids without names: they are taken in the order of the data's")
+        return reference
+    if set(known) != set(names):
+        session.say(f"reference   the classes of {path.name} are others than the data's: what needs them is left out")
+        return dataclasses.replace(reference, labels=None, class_names=())
+    session.say(f"reference   the classes of {path.name} are matched with the data's by name")
+    places = np.asarray([*(names.index(name) for name in known), NO_LABEL], np.int32)  # -1 stays -1
+    return dataclasses.replace(reference, labels=places[reference.labels], class_names=names)
 
 
 def _holds(path: Path, name: str) -> bool:

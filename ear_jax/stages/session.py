@@ -159,6 +159,19 @@ def fingerprint(config: Config, stage: str) -> str:
     return digest_of(json.dumps(inputs(config, stage), sort_keys=True, default=str))
 
 
+def stored_class_order(workdir: Workdir) -> str:
+    """Return the order of classes that a run was begun with: `text` for a run of an earlier version, empty for none."""
+    stored = read_json(workdir.config)
+    return "" if stored is None else stored.get("data", {}).get("class_order", "text")
+
+
+def keep_class_order(config: Config, stored: str) -> Config:
+    """Let a run that was begun with its classes in text order keep them."""
+    if stored != "text":
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, class_order="text"))
+
+
 @contextlib.contextmanager
 def open_session(config: Config, folder: str) -> Iterator[Session]:
     """Join the job, claim the run folder, and write down the configuration.
@@ -174,6 +187,7 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         notes = process.on_first_process(lambda: workdir.claim(needed_bytes=64 << 20))
         stack.callback(workdir.release)
+        config = keep_class_order(config, process.on_first_process(lambda: stored_class_order(workdir)))
         process.check_agreement({"config": read.to_dict(config), "jax": jax.__version__})
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
         is_first = jax.process_index() == 0

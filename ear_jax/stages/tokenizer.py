@@ -12,7 +12,7 @@ from ear_jax.config import read
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.sources import write_quarantine
+from ear_jax.data.sources import SplitSource, write_quarantine
 from ear_jax.distributed.process import to_host
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
@@ -43,8 +43,7 @@ def train_tokenizer(session: Session) -> None:
         return
     source = open_split(config.data, "train", seed=config.seed)
     held_out = open_split(config.data, "eval", seed=config.seed)
-    for note in (*source.notes, *check_enough(config, len(source), len(held_out), source.class_names)):
-        session.say(f"data        {note}")
+    _tell(session, source, held_out)
     static, _, _ = functional(build.abstract_tokenizer(config))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
@@ -101,8 +100,7 @@ def adopt_tokenizer(session: Session) -> None:
     check(found.tensors.get("tokenizer", {}), expected, f"the tokenizer of {config.tokenizer.source}")
     source = open_split(config.data, "train", seed=config.seed)
     held_out = open_split(config.data, "eval", seed=config.seed)
-    for note in (*source.notes, *check_enough(config, len(source), len(held_out), source.class_names)):
-        session.say(f"data        {note}")
+    _tell(session, source, held_out)
     if session.is_first:
         model_folder.write(
             workdir.model("tokenizer"),
@@ -113,6 +111,12 @@ def adopt_tokenizer(session: Session) -> None:
         )
     session.say(f"tokenizer   taken from {config.tokenizer.source}")
     session.mark_complete("tokenizer", data_digest=source.digest)
+
+
+def _tell(session: Session, train: SplitSource, held_out: SplitSource) -> None:
+    enough = check_enough(session.config, len(train), len(held_out), train.class_names)
+    for note in dict.fromkeys((*train.notes, *held_out.notes, *enough)):
+        session.say(f"data        {note}")
 
 
 def to_float(images: Any) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from ear_jax.data.open import open_split
+from ear_jax.data.sources import in_order
 from ear_jax.distributed.process import to_host
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.metrics.sample_scorer import SampleScorer
@@ -28,7 +29,8 @@ class TrainingScores:
         """
         self._session, self._pipeline = session, pipeline
         config = session.config
-        measure = open_measure(session, open_split(config.data, "train", seed=config.seed))
+        train = in_order(open_split(config.data, "train", seed=config.seed), pipeline.class_names)
+        measure = open_measure(session, train)
         settings = score_settings(config)
         self._scorers = []
         for network, reference in measure.pairs:

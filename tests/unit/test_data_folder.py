@@ -10,10 +10,11 @@ from PIL import Image
 
 from ear_jax.config.schema import DataConfig
 from ear_jax.data import folder as folder_module
+from ear_jax.data import folder_index
 from ear_jax.data.images import DamagedImage, printable
 from ear_jax.data.loader import Loader, eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.sources import ImageSource, Quarantine, Source, write_quarantine
+from ear_jax.data.sources import ImageSource, Quarantine, Source, in_order, write_quarantine
 from ear_jax.errors import ConfigError, DataError, StorageError
 
 
@@ -124,6 +125,125 @@ def test_a_class_may_be_called_train(tmp_path):
     assert open_both(tmp_path)[0].class_names == ("bus", "train")
 
 
+@pytest.mark.parametrize(
+    ("train_name", "held_name"),
+    [("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Dev"), ("trn", "VAL")],
+)
+def test_splits_are_known_by_their_common_names(tmp_path, train_name, held_name):
+    put(tmp_path / train_name / "a" / "0.png", level=1)
+    put(tmp_path / train_name / "b" / "0.png", level=2)
+    put(tmp_path / held_name / "a" / "0.png", level=3)
+    put(tmp_path / "unlabelled" / "0.png", level=4)
+    train, held = open_both(tmp_path)
+    assert train.class_names == held.class_names == ("a", "b")
+    assert (levels(train), levels(held)) == ([1, 2], [3])
+    assert f"splits: {train_name} for training, {held_name} for evaluation" in train.notes
+    assert "not read, beside the splits: unlabelled" in train.notes
+    assert any("1 classes have no folder" in note for note in held.notes)
+
+
+def test_a_flat_evaluation_folder_is_told_and_the_second_one_is_not_read(tmp_path):
+    for number in range(4):
+        put(tmp_path / "train" / "a" / f"{number}.png")
+    put(tmp_path / "val" / "0.png")
+    train, held = open_both(tmp_path)
+    assert (len(train), len(held)) == (3, 1)
+    assert "val has no class folders: not read" in train.notes and "one class only: a" in train.notes
+    put(tmp_path / "test" / "a" / "9.png")
+    put(tmp_path / "dev" / "a" / "9.png")
+    train, held = open_both(tmp_path)
+    assert (len(train), held.name(0)) == (4, "dev/a/9.png")
+    assert "not read, beside the splits: test" in train.notes
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        (("train/0", "test/0"), "could be splits or classes"),
+        (("train/a/0", "bus/0"), "could be splits or classes"),
+        (("val/a/0", "test/a/0"), "no training folder"),
+        (("train/a/0", "Training/a/0"), "could both be the training folder"),
+        (("photos/a/0", "photos/b/0"), r"one level too high: its 1 folders \(photos\).*folders \(a, b\)"),
+        (("2023/cat/0", "2023/dog/0", "2024/cat/0", "2024/dog/0"), r"one level too high.*\(cat, dog\)"),
+        (("set1/train/a/0", "set1/val/a/0", "set2/train/a/0", "set2/val/a/0"), "one level too high"),
+    ],
+    ids=["flat splits", "a nested train and a class", "no training", "two", "wrapped", "years", "data sets"],
+)
+def test_doubtful_structures_are_refused_with_the_key_that_decides(tmp_path, files, match):
+    for number, file in enumerate(files * 2):
+        put(tmp_path / f"{file}{number}.png")
+    with pytest.raises(DataError, match=match) as caught:
+        open_split(config_of(tmp_path), "train", seed=0)
+    assert "--config.data.layout=classes" in str(caught.value)
+    source = open_split(config_of(tmp_path, layout="classes"), "train", seed=0)
+    assert set(source.class_names) == {file.split("/")[0] for file in files}
+
+
+def test_flat_folders_are_splits_of_one_class_where_the_key_says_so(tmp_path):
+    put(tmp_path / "train" / "0.png", level=1)
+    put(tmp_path / "test" / "0.png", level=2)
+    train, held = open_both(tmp_path, layout="splits")
+    assert (levels(train), levels(held), train.class_names) == ([1], [2], ("train",))
+    with pytest.raises(DataError, match="no training folder"):
+        open_split(config_of(tmp_path / "train", layout="splits"), "train", seed=0)
+
+
+def test_numbered_classes_are_sorted_as_numbers_and_text_is_a_choice(tmp_path):
+    for number in (0, 1, 2, 10):
+        for copy in range(3):
+            put(tmp_path / str(number) / f"{copy}.png", level=number)
+    train, held = open_both(tmp_path)
+    assert train.class_names == held.class_names == ("0", "1", "2", "10")
+    assert any("ids follow the numbers (0, 1, 2, 10)" in note and "class_order=text" in note for note in train.notes)
+    old = open_split(config_of(tmp_path, class_order="text"), "train", seed=0)
+    assert old.class_names == ("0", "1", "10", "2") and old.digest != train.digest
+    again = in_order(old, train.class_names)
+    assert again.class_names == train.class_names and again.digest != old.digest
+    rows = again.batch(np.arange(len(again)), np.zeros(len(again), bool))
+    assert [int(again.class_names[label]) for label in rows["label"]] == rows["image"][:, 0, 0, 0].tolist()
+    assert in_order(old, ("0", "1", "2")) is old and in_order(old, old.class_names) is old
+    put(tmp_path / "x" / "0.png")
+    assert open_both(tmp_path)[0].class_names == ("0", "1", "10", "2", "x")
+
+
+def test_the_index_of_a_large_folder_holds_until_a_folder_changes(pets, tmp_path, monkeypatch):
+    monkeypatch.setenv("EAR_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_index, "SMALLEST_KEPT", 10)
+    (pets / "cat" / "notes.txt").write_text("")
+    (pets / "cat" / "more").mkdir()
+    for fresh in (True, False):  # a folder that has just changed may change again within the clock's tick
+        for folder in (pets / "cat" / "more", pets / "cat", pets / "dog"):
+            os.utime(folder, None if fresh else (1, 1))
+        first = open_both(pets)[0]
+        assert bool(list(tmp_path.glob("cache/folders/*.npz"))) is not fresh
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_index, "walk", None)
+        again = open_both(pets)[0]
+    (told,) = set(again.notes) - set(first.notes)
+    assert again.digest == first.digest and set(first.notes) < set(again.notes) and "16 files are listed from" in told
+    put(pets / "cat" / "more" / "new.png")
+    changed = open_both(pets)[0]
+    assert changed.digest != first.digest and not any("are listed from" in note for note in changed.notes)
+    for path in tmp_path.glob("cache/folders/*.npz"):
+        path.write_bytes(b"damaged")
+    assert open_both(pets)[0].digest == changed.digest
+
+
+def test_what_systems_leave_behind_is_no_class_at_any_level(pets):
+    names = (".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+    before = open_both(pets)[0]
+    for place in (pets, pets / "cat", pets / "cat" / "more"):
+        for name in names:
+            put(place / name / "0.png")
+        put(place / "._0.png")
+        (place / "desktop.ini").write_text("")
+        (place / ".DS_Store").write_text("")
+    (pets / "cat" / "Thumbs.db").write_text("")
+    after = open_both(pets)[0]
+    assert after.class_names == before.class_names and after.digest == before.digest
+    assert any(note.startswith("18 ignored: hidden or system folders") for note in after.notes)
+
+
 def test_a_folder_without_sub_folders_is_one_class(tmp_path):
     for number in range(8):
         put(tmp_path / "holiday" / f"{number}.jpg", kind="JPEG")
@@ -141,7 +261,14 @@ def test_nested_folders_and_upper_case_extensions_are_found_and_other_files_coun
     assert 77 in levels(train) + levels(held)
     assert len(train) + len(held) == 17
     assert train.class_names == ("cat", "dog")
-    assert train.notes and "2 files were ignored" in train.notes[0]
+    told = "; ".join(train.notes)
+    for part in (
+        "hidden or system folders (such as .git)",
+        "such as cat/._0.png",
+        "such as cat/notes.txt",
+        "stray.png",
+    ):
+        assert part in told
 
 
 def test_a_class_keeps_at_least_one_training_image(tmp_path):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ear_jax.config.schema import DataConfig
 from ear_jax.data.image_sets import open_image_set
+from ear_jax.data.open import open_split
 from ear_jax.errors import DataError
 from ear_jax.folders.pictures import save_grid, save_images, save_npz
 
@@ -29,7 +31,9 @@ def test_a_folder_of_samples_gives_images_and_the_classes_in_their_names(tmp_pat
     np.testing.assert_array_equal(read(images), IMAGES)
     np.testing.assert_array_equal(images.labels, LABELS)
     assert "grid.png" in images.notes[0]
-    assert open_image_set(tmp_path, class_ids={"ring": 0}).labels is None
+    some = open_image_set(tmp_path, class_ids={"ring": 0})
+    np.testing.assert_array_equal(some.labels, np.where(LABELS, -1, 0))
+    assert "3 of 7 images have no class" in some.notes[-1]
     assert open_image_set(tmp_path).labels is None
 
 
@@ -41,6 +45,67 @@ def test_folders_of_classes_give_the_classes(tmp_path):
     images = open_image_set(tmp_path, class_ids=IDS)
     np.testing.assert_array_equal(images.labels, np.sort(LABELS))
     np.testing.assert_array_equal(read(images), IMAGES[np.argsort(LABELS, kind="stable")])
+
+
+def test_a_scored_folder_is_read_as_a_training_folder_is(tmp_path):
+    """Hidden and system folders are none, outer folders are the classes, numbered ones go by name."""
+    for place in ("10/a/0", "2/b/0", "2/1", "2/.ipynb_checkpoints/1", "10/@eaDir/0", "__MACOSX/2/0", "lost+found/0"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(IMAGES[0]).save(tmp_path / f"{place}.png")
+    (tmp_path / "2" / "._1.png").write_bytes(b"resource fork")
+    (tmp_path / "2" / "Thumbs.db").write_bytes(b"")
+    names = ("0", "2", "10")
+    images = open_image_set(tmp_path, class_ids={name: index for index, name in enumerate(names)})
+    assert images.labels is not None and images.labels.tolist() == [2, 1, 1]
+    told = "; ".join(images.notes)
+    assert "4 ignored: hidden or system folders" in told and "2 ignored: hidden or system files" in told
+    training = open_split(DataConfig(source=f"folder:{tmp_path}", eval_images=1), "train", seed=0)
+    assert training.class_names == ("2", "10")
+    held_out = open_split(DataConfig(source=f"folder:{tmp_path}", eval_images=1), "eval", seed=0)
+    assert len(training) + len(held_out) == images.count
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.array([0, 1, 1]),
+        np.array([[0], [1], [1]], np.int64),
+        np.array([0.0, 1.0, 1.0]),
+        np.array([0, 1, 1], np.uint8),
+        np.eye(2, dtype=np.float32)[[0, 1, 1]],
+        np.eye(2, dtype=bool)[[0, 1, 1]],
+        np.array(["ring", "star", "star"]),
+        np.array([[b"ring"], [b"star"], [b"star"]]),
+    ],
+    ids=["ids", "column", "floats", "bytes", "one-hot", "bool one-hot", "names", "byte names"],
+)
+def test_the_obvious_labels_of_an_archive_are_taken(tmp_path, given):
+    for key in ("label_arr", "arr_1"):
+        labels = open_image_set(write(tmp_path / "x.npz", arr_0=pictures(3), **{key: given}), class_ids=IDS).labels
+        assert labels is not None and labels.dtype == np.int32 and labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (np.array([0, 1, None]), "Python objects"),
+        (np.array([0, 1]), r"int64 \[2\], for 3 images"),
+        (np.array([0.5, 1.0, 1.0]), "not whole numbers"),
+        (np.array([np.nan, 1.0, 1.0]), "not whole numbers"),
+        (np.array([True, False, True]), "not whole numbers"),
+        (np.array([0, 1, 2**32]), "holds 0 to 4294967296"),
+        (np.array([0, 1, 2**63], np.uint64), "no class ids"),
+        (np.array([-1, 0, 1]), "holds -1 to 1"),
+        (np.full((3, 2), 0.5), "not one-hot"),
+        (np.zeros((3, 1, 2)), r"\[3, 1, 2\]"),
+        (np.array(["ring", "moon", "star"]), r"no class \(moon; known ring, star\)"),
+        (np.int64(3), r"int64 \[\], for 3 images"),
+    ],
+    ids=["objects", "short", "halves", "nan", "bool", "too large", "uint64", "negative", "soft", "3-d", "name", "0-d"],
+)
+def test_labels_that_could_be_misread_are_refused(tmp_path, given, match):
+    with pytest.raises(DataError, match=match):
+        open_image_set(write(tmp_path / "x.npz", arr_0=pictures(3), label_arr=given), class_ids=IDS)
 
 
 def test_an_archive_is_read_in_batches_with_its_labels(tmp_path):
