@@ -6,8 +6,9 @@ from typing import Any
 
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
-from studies import ablation, end_to_end, fidelity
-from studies.judge import Judge
+
+from . import ablation, end_to_end, fidelity
+from .judge import Judge
 
 Study = Callable[[Config, Path, str | None], dict[str, Any]]
 """(configuration, folder, model or None) -> rows, summary and verdicts; writes study.md, study.png and study.json."""

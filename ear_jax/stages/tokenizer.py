@@ -19,6 +19,7 @@ from ear_jax.folders.model_folder import check
 from ear_jax.metrics.reconstruction import psnr
 from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
+from ear_jax.nn.resize import to_signed
 from ear_jax.stages.session import Session
 from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
@@ -48,7 +49,7 @@ def train_tokenizer(session: Session) -> None:
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
 
     def grid(step: int, state: TrainState) -> dict[str, np.ndarray]:
-        rows = reconstruct(_tokenizer_arrays(state), to_float(pictured["image"]))
+        rows = reconstruct(_tokenizer_arrays(state), to_signed(pictured["image"]))
         ordered = [np.asarray(rows[name]) for name in ("original", "full", "coarse") if name in rows]
         picture = pictures.grid(np.concatenate(ordered), columns=GRID_IMAGES)
         if session.is_first:
@@ -108,11 +109,6 @@ def adopt_tokenizer(session: Session) -> None:
     session.mark_complete("tokenizer", data_digest=source.digest)
 
 
-def to_float(images: Any) -> jax.Array:
-    """Turn uint8 images into float32 in [-1, 1]."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-
-
 def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Config) -> Arrays:
     """Return the tokenizer's arrays with the mean and standard deviation of its continuous tokens set.
 
@@ -129,7 +125,7 @@ def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Con
 
     @jax.jit
     def sums(arrays: Arrays, images: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        posterior = static.merge(arrays).posterior(to_float(images))
+        posterior = static.merge(arrays).posterior(to_signed(images))
         return latent_sums(posterior.mean, posterior.std, weight_B)
 
     parts = []
@@ -148,7 +144,7 @@ def reconstruction_psnr(
 
     @jax.jit
     def measure(arrays: Arrays, images: jax.Array) -> dict[str, jax.Array]:
-        truth = to_float(images)
+        truth = to_signed(images)
         rows = _reconstructions(static, arrays, truth)
         return {name: psnr(row, truth) for name, row in rows.items() if name != "original"}
 

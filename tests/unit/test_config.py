@@ -241,7 +241,7 @@ SCALES = {
         ({"mesh.data": "-1", "mesh.fsdp": "-1"}, "only one of"),
         ({"mesh.tensor": "0"}, "leaves no device"),
         ({"name": "../up"}, "names folders"),
-        ({"seed": str(2**32)}, "less than 2**32"),
+        ({"seed": str(2**32)}, "config.seed=4294967296: expected an integer from 0 to 4294967295"),
     ],
 )
 def test_contradictions_are_found(overrides: dict[str, str], words: str) -> None:
