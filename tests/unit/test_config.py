@@ -362,7 +362,7 @@ def test_sequences_stay_short_at_any_resolution() -> None:
 def test_wrong_references_list_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"there is no file and no recipe configs/lite_hybrd.py. Did you mean 'lite_hybrid'(?s:.)*cifar10",
+        match=r"no recipe configs/lite_hybrd.py. Did you mean 'lite_hybrid'(?s:.)*cifar10",
     ):
         read.load("configs/lite_hybrd.py")
     with pytest.raises(ConfigError, match="Did you mean 'imagenet256'"):
