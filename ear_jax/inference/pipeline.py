@@ -85,12 +85,12 @@ class Pipeline:
         return sum(leaf.size for leaf in jax.tree.leaves((self.tokenizer_arrays, self.generator_arrays)))
 
     @property
-    def devices(self) -> tuple[jax.Device, ...]:
+    def devices(self) -> tuple[Any, ...]:
         """The devices that it runs on."""
         return tuple(self._mesh.devices.flat)
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Any:
         """The first of its devices."""
         return self.devices[0]
 

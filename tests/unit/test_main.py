@@ -212,7 +212,7 @@ def test_the_package_has_no_other_attributes() -> None:
     import ear_jax
 
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        _ = ear_jax.laod
+        _ = ear_jax.laod  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_slurm_launcher_requeues_what_was_saved(tmp_path: Path) -> None:
