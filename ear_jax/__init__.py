@@ -1,18 +1,30 @@
 """ear_jax: class-conditional image generation with continuous tokens drawn in one step, in JAX and Flax NNX."""
 
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ear_jax.inference.pipeline import load
+    import ear_jax.inference.pipeline
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def __getattr__(name: str) -> Any:
-    # Importing the package must stay cheap and leave jax alone; only `load` needs it.
-    if name == "load":
-        from ear_jax.inference.pipeline import load
+def load(
+    path: str | os.PathLike[str], *, devices: Sequence[Any] | None = None
+) -> "ear_jax.inference.pipeline.Pipeline":
+    """Load a model folder, or the one inside a workdir, as a pipeline: sample, encode, decode, info, save.
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        path: model folder or workdir.
+        devices: jax devices to run on; None takes all of this process.
+
+    Raises:
+        ConfigError: the folder holds no model, or one this version cannot build.
+        DataError: its tensors are damaged.
+    """
+    # Importing the package must stay cheap and leave jax alone; only this function needs it.
+    from ear_jax.inference import pipeline
+
+    return pipeline.load(path, devices=devices)

@@ -5,8 +5,11 @@ No jax here, so that a typing error is answered at once.
 
 import dataclasses
 import difflib
+import importlib
 import json
+import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,19 @@ from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
 from ear_jax.tasks import SUMMARIES, TASKS
 
-_FLAGS = ("config", "workdir", "task", "model", "help")
+_FLAGS = ("config", "workdir", "task", "model", "help", "version")
 
 _USAGE = """\
-usage: python -m ear_jax.main --config=FILE[:VARIANT] [--config.GROUP.KEY=VALUE ...]
-                              [--workdir=DIR] [--task=NAME] [--model=DIR]
+usage: ear_jax --config=RECIPE[:VARIANT] [--config.GROUP.KEY=VALUE ...]
+               [--workdir=DIR] [--task=NAME] [--model=DIR]
+       (ear_jax, python -m ear_jax and python -m ear_jax.main are the same)
 
-  --config=FILE[:VARIANT]   recipe; may be left out when --model or a used --workdir brings its own
+  --config=RECIPE[:VARIANT] name or file of a recipe; may be left out when --model or a used --workdir brings its own
   --config.GROUP.KEY=VALUE  change one key; lists are written (1,2)
   --workdir=DIR             where results go; default runs/<config name>[_variant]
   --task=NAME               one of the tasks below; default run
   --model=DIR               model folder or run to read (sample, evaluate, bench)
+  --version                 the version of ear_jax and of what it computes with
   --help[=GROUP|=all]       this text, or the keys of a group (for example --help=sample) or of all
 
 tasks:"""
@@ -48,6 +53,12 @@ class Request:
 def wants_help(arguments: Sequence[str]) -> bool:
     """Tell whether the arguments ask for help."""
     return any(argument in ("-h", "--help") or argument.startswith("--help=") for argument in arguments)
+
+
+def version_text() -> str:
+    """Return the versions of ear_jax, jax and Python."""
+    own = importlib.import_module("ear_jax").__version__  # an import statement would tie this room to `ear_jax.load`
+    return f"ear_jax {own} (jax {metadata.version('jax')}, Python {platform.python_version()})"
 
 
 def help_text(arguments: Sequence[str]) -> str:
@@ -138,7 +149,7 @@ def _base_values(flags: Mapping[str, str]) -> tuple[Mapping[str, Any] | ConfigDi
         return _stored(folder / "config.json"), f"model_{words[-1] if words else 'root'}"
     if "workdir" in flags and (stored := Path(flags["workdir"]) / "config.json").is_file():
         return _stored(stored), Path(flags["workdir"]).name
-    raise ConfigError(f"--config=FILE is missing. Try --config=configs/lite_hybrid.py\n{listing()}")
+    raise ConfigError(f"--config=RECIPE is missing. Try --config=lite_hybrid\n{listing()}")
 
 
 def _stored(path: Path) -> Mapping[str, Any]:

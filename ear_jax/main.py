@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     if command_line.wants_help(arguments):
         return print(command_line.help_text(arguments))
+    if "--version" in arguments:
+        return print(command_line.version_text())
     request = command_line.read(arguments)
     program_cache.keep_programs(request.config.run.program_cache)
     module, _, function = TASKS[request.task].partition(":")
@@ -116,5 +118,10 @@ def leave(status: int) -> None:
     sys.exit(status)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the command line and end the program: the console script and `python -m ear_jax`."""
     leave(main())
+
+
+if __name__ == "__main__":
+    run()

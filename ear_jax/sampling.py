@@ -1,7 +1,9 @@
 """How images are drawn, as one value that is passed whole: from command line and Python to the generators. No jax."""
 
+import contextlib
 import dataclasses
 import math
+import operator
 from typing import Any, TypedDict
 
 from ear_jax.errors import ConfigError
@@ -66,8 +68,9 @@ TRACED = ("guidance_scale", "temperature", "coarse_temperature")
 
 def as_real(value: Any) -> float | None:
     """Return the finite number that a value of any library stands for; truth values, texts and arrays are none."""
-    dtype = getattr(value, "dtype", None)
-    if value is None or isinstance(value, bool | str | bytes) or getattr(value, "ndim", 0) or str(dtype) == "bool":
+    # A scalar array of numpy or jax gives its Python value; one of texts, truth values or more than one gives none.
+    value = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or hasattr(value, "shape"):
         return None
     try:
         number = float(value)
@@ -78,10 +81,19 @@ def as_real(value: Any) -> float | None:
 
 def as_integer(value: Any) -> int | None:
     """Return the whole number that a value of any library stands for, or None; 2.0 is one."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     number = as_real(value)
+    with contextlib.suppress(TypeError):  # exact where a float of 53 bits is not
+        return operator.index(value) if number is not None else None
     return int(number) if number is not None and number == int(number) else None
+
+
+SEED_LIMIT = 2**32
+"""Seeds are below this, everywhere."""
+
+
+def seed_number(name: str, value: Any) -> int:
+    """Return a seed as an integer; raises ConfigError with its name."""
+    return whole_number(name, value, high=SEED_LIMIT - 1)
 
 
 def whole_number(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int:

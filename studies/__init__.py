@@ -6,10 +6,11 @@ from typing import Any
 
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
-from studies import ablation, end_to_end, fidelity
-from studies.arms import Arm
-from studies.judge import Judge
-from studies.runs import chosen_arms
+
+from . import ablation, end_to_end, fidelity
+from .arms import Arm
+from .judge import Judge
+from .runs import chosen_arms
 
 Study = Callable[[Config, Path, str | None], dict[str, Any]]
 """(configuration, folder, model or None) -> rows, summary and verdicts; writes study.md, study.png and study.json."""

@@ -11,10 +11,11 @@ import numpy as np
 from ear_jax.config.schema import Config
 from ear_jax.inference import pipeline
 from ear_jax.inference.pipeline import Pipeline
-from studies import report
-from studies.arms import ABLATION, with_changes
-from studies.judge import Judge
-from studies.runs import each_seed, generator_run, image_ms, kept, latents_run
+
+from . import report
+from .arms import ABLATION, with_changes
+from .judge import Judge
+from .runs import each_seed, generator_run, image_ms, kept, latents_run
 
 WANTED_GAIN = 0.15
 WANTED_MS = 1.0

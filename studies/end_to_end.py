@@ -19,8 +19,9 @@ from ear_jax.inference import pipeline
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.training.report import peak_flops_per_s
 from ear_jax.types import TokenizerSpec
-from studies import report
-from studies.runs import kept
+
+from . import report
+from .runs import kept
 
 BATCHES = (1, 4, 16)
 JUDGED_BATCH = 4

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ear_jax.config.schema import Config
 from ear_jax.inference.pipeline import Pipeline, load
 from ear_jax.metrics.reconstruction import psnr, ssim
+from ear_jax.nn.resize import to_signed
 from ear_jax.types import Tokens
-from studies import report
-from studies.arms import FIDELITY
-from studies.judge import Judge, chunks
-from studies.runs import each_seed, image_ms, kept, tokenizer_run
+
+from . import report
+from .arms import FIDELITY
+from .judge import Judge, chunks
+from .runs import each_seed, image_ms, kept, tokenizer_run
 
 TIMED_BATCH = 32
 ALLOWED_LOSS = 2.0
@@ -68,7 +69,7 @@ def _calls(timed: dict[str, tuple[Path, str]], images: np.ndarray) -> dict[str, 
 def _measure(model: Pipeline, judge: Judge, decodes: str) -> dict[str, float]:
     parts = chunks(judge.images)
     decoded = [model.decode(_tokens(model, part, decodes)) for part in parts]
-    floats = [(_float(a), _float(b)) for a, b in zip(decoded, parts, strict=True)]
+    floats = [(to_signed(a), to_signed(b)) for a, b in zip(decoded, parts, strict=True)]
     return {
         "rfd": judge.distance(np.concatenate(decoded)),
         "psnr": float(np.concatenate([np.asarray(psnr(a, b)) for a, b in floats]).mean()),
@@ -76,10 +77,6 @@ def _measure(model: Pipeline, judge: Judge, decodes: str) -> dict[str, float]:
         "class_accuracy": judge.class_accuracy(np.concatenate(decoded), judge.labels),
         "parameters_M": sum(leaf.size for leaf in jax.tree.leaves(model.tokenizer_arrays)) / 1e6,
     }
-
-
-def _float(images: np.ndarray) -> jax.Array:
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def _report(root: Path, rows: list[dict[str, Any]], judge: Judge, times: dict[str, dict[str, float]]) -> dict[str, Any]:

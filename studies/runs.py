@@ -19,7 +19,8 @@ from ear_jax.stages.generator import train_generator
 from ear_jax.stages.latents import cache_latents
 from ear_jax.stages.session import open_session
 from ear_jax.stages.tokenizer import train_tokenizer
-from studies.arms import Arm, with_changes
+
+from .arms import Arm, with_changes
 
 
 def tokenizer_run(config: Config, folder: Path) -> pipeline.Pipeline:

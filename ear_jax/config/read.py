@@ -139,21 +139,26 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_FOLDER = Path("configs")
-_TINY = "  ,tiny after a variant (lite_hybrid.py:imagenet256,tiny) shrinks it to run anywhere; not of convert.py"
+_HERE = Path("configs")
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = (_PACKAGE / "recipes", _PACKAGE.parent / "configs")
+"""Where an installed wheel and the repository keep the recipes."""
+_TINY = "  ,tiny after a variant (lite_hybrid:imagenet256,tiny) shrinks it to run anywhere; not of convert"
 
 
 def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
-    """Return what `FILE[:variant]` holds, and the name of its run folder, `file` or `file_variant`.
+    """Return what `RECIPE[:variant]` holds, and the name of its run folder, `file` or `file_variant`.
+
+    A recipe is a file, or the name of one that comes with ear_jax: `lite_hybrid`, `configs/lite_hybrid.py`.
 
     Raises:
         ConfigError: There is no such file or variant, or the file fails; the text lists what there is.
     """
     name, _, variant = reference.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        hint = did_you_mean(path.stem, [known.stem for known in _known()])
-        raise ConfigError(f"--config={reference}: there is no file {name}.{hint}\n{listing()}")
+    path = _find(name)
+    if path is None:
+        hint = did_you_mean(Path(name).stem, [known.stem for known in _known()])
+        raise ConfigError(f"--config={reference}: there is no file and no recipe {name}.{hint}\n{listing()}")
     module = _execute(path)
     get_config = getattr(module, "get_config", None)
     if get_config is None:
@@ -173,23 +178,34 @@ def load(reference: str) -> tuple[Mapping[str, Any] | ConfigDict, str]:
 
 
 def listing() -> str:
-    """Return the config files of ./configs with their variants, one file a line."""
+    """Return the recipes of ./configs, or those that come with ear_jax, with their variants, one a line."""
     lines = []
     for path in _known():
         try:
             variants = " ".join(filter(None, getattr(_execute(path), "VARIANTS", ())))
         except ConfigError as error:
             variants = f"({error})"
-        lines.append(f"  {path}" + (f"  variants: {variants}" if variants else ""))
-    return (
-        "\n".join(["Config files here:", *lines, _TINY])
-        if lines
-        else "There is no folder configs/ here; run from the repository."
-    )
+        name = path if _folder() == _HERE else path.relative_to(_folder()).with_suffix("")
+        lines.append(f"  {name}" + (f"  variants: {variants}" if variants else ""))
+    title = "Config files here:" if _folder() == _HERE else "Recipes that come with ear_jax:"
+    return "\n".join([title, *lines, _TINY])
+
+
+def _folder() -> Path:
+    """Return the folder of recipes to list: the one here, before those that come with the package."""
+    folders = (folder for folder in (_HERE, *_SHIPPED) if (folder / "lite_hybrid.py").is_file())
+    return next(folders, _SHIPPED[0])
+
+
+def _find(name: str) -> Path | None:
+    """Return the file of that path, or of the recipe of that name."""
+    short = name.removeprefix("configs/").removesuffix(".py")
+    places = [Path(name), *(folder / f"{short}.py" for folder in (_HERE, *_SHIPPED) if ".." not in short)]
+    return next((path for path in places if path.is_file()), None)
 
 
 def _known() -> list[Path]:
-    found = [*sorted(_FOLDER.glob("*.py")), *sorted(_FOLDER.glob("studies/*.py"))]
+    found = [*sorted(_folder().glob("*.py")), *sorted(_folder().glob("studies/*.py"))]
     return [path for path in found if not path.name.startswith("_")]
 
 
@@ -200,7 +216,8 @@ def _execute(path: Path) -> ModuleType:
         raise ConfigError(f"{path} is not a Python file; a config file ends in .py.")
     module = importlib.util.module_from_spec(spec)
     # A config file may share pieces with its neighbours, and with those of the folder above, by plain imports.
-    folders = [str(folder) for folder in path.resolve().parents[:2]]
+    # A package is no such folder: its own files would hide other libraries.
+    folders = [str(folder) for folder in path.resolve().parents[:2] if not (folder / "__init__.py").is_file()]
     sys.path[:0] = folders
     try:
         spec.loader.exec_module(module)

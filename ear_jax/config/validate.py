@@ -12,6 +12,8 @@ from ear_jax.config import derive, kinds
 from ear_jax.config.kinds import Fault, fault
 from ear_jax.config.schema import SAMPLE_METRICS, Config, TrainingConfig
 from ear_jax.config.suggest import did_you_mean
+from ear_jax.errors import ConfigError
+from ear_jax.sampling import seed_number
 
 
 def cross_faults(config: Config) -> list[Fault]:
@@ -34,9 +36,12 @@ def cross_faults(config: Config) -> list[Fault]:
 def _general(config: Config) -> Iterator[Fault]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
         yield fault(f"config.name={config.name!r} must be letters, digits, '_', '-' and '.', as it names folders.")
-    for path, seed in (("seed", config.seed), ("sample.seed", config.sample.seed)):
-        if seed >= 2**32:
-            yield fault(f"config.{path}={seed} is out of range, expected less than 2**32.")
+    several = [(f"study.seeds[{i}]", seed) for i, seed in enumerate(config.study.seeds)]
+    for path, seed in (("seed", config.seed), ("sample.seed", config.sample.seed), *several):
+        try:
+            seed_number(f"config.{path}", seed)
+        except ConfigError as error:
+            yield fault(str(error))
 
 
 def _data(config: Config) -> Iterator[Fault]:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from ear_jax.errors import ConfigError
 from ear_jax.files import atomic_file
 
 _LOG = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _GAP_PX = 2
 _TITLE_PX = 16
 _CELL_PX = 128
 _IN_NO_FONT = "\U0010fffd"
+_ROUNDING = 1e-3
 
 FloatImages = Float[np.ndarray, "*batch h w 3"] | Float[Array, "*batch h w 3"]
 AnyImages = FloatImages | UInt8[np.ndarray, "*batch h w 3"] | UInt8[Array, "*batch h w 3"]
@@ -43,9 +45,52 @@ def to_uint8(images: FloatImages) -> UInt8[np.ndarray, "*batch h w 3"]:
     return np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
 
 
+def in_signed_range(images: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
+    """Return floating-point images as float32 in [-1, 1], whose range is given or certain.
+
+    Args:
+        images: floats of any precision.
+        value_range: (-1, 1) or (0, 1); None takes images with a value below 0 as (-1, 1).
+
+    Raises:
+        ConfigError: another dtype, values outside the range, or None and no value is below 0: then (0, 1) and (-1, 1)
+            are both possible, and the wrong one makes all images pale or dark.
+    """
+    if value_range not in (None, (-1, 1), (0, 1)):
+        raise ConfigError(f"value_range={value_range!r}: expected (-1, 1) or (0, 1), or uint8 images without it.")
+    expected = "uint8 in [0, 255], or floating point with value_range=(-1, 1) or value_range=(0, 1)"
+    if images.dtype.kind not in "fV":
+        raise ConfigError(f"images have dtype {images.dtype}; expected {expected}.")
+    floats = images.astype(np.float32)
+    if not floats.size:
+        return floats
+    low, high = float(floats.min()), float(floats.max())
+    # Rounding may have carried a value a little beyond; anything more is another convention.
+    least, most = value_range or (-1, 1)
+    if not (least - _ROUNDING <= low and high <= most + _ROUNDING):
+        raise ConfigError(
+            f"images have dtype {images.dtype} and values {low:g} to {high:g}, outside [{least}, {most}]; "
+            f"expected {expected}."
+        )
+    if value_range is None and low >= -_ROUNDING:
+        raise ConfigError(
+            f"images have dtype {images.dtype} and values {low:g} to {high:g}: they may be meant in [0, 1] or in "
+            "[-1, 1]. Say which with value_range=(0, 1) or value_range=(-1, 1), or give uint8 in [0, 255]."
+        )
+    return floats * 2.0 - 1.0 if value_range == (0, 1) else floats
+
+
 def _as_uint8(images: AnyImages) -> UInt8[np.ndarray, "*batch h w 3"]:
     array = np.asarray(images)
-    return array if array.dtype == np.uint8 else to_uint8(array)
+    if array.dtype == np.uint8:
+        return array
+    # What a decoder gave may leave [-1, 1] or be no number; only images without any value below 0 are in doubt.
+    if array.size and array.astype(np.float32).min() >= 0:
+        raise ConfigError(
+            f"images have dtype {array.dtype} and no value below 0: they may be meant in [0, 1] or [0, 255], but "
+            "floats are drawn from [-1, 1]. Convert them first: ear_jax.folders.pictures.to_uint8 takes [-1, 1] alone."
+        )
+    return to_uint8(array)
 
 
 def default_columns(count: int) -> int:

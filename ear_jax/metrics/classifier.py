@@ -20,7 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from ear_jax.files import write_bytes
+from ear_jax.folders.pictures import in_signed_range
 from ear_jax.nn.functional import flatten, functional
+from ear_jax.nn.resize import to_signed
 
 FILE_NAME = "classifier.safetensors"
 LEAST_SIDE_PX = 16
@@ -91,9 +93,7 @@ def forward(graph: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 def to_float(images: jax.Array) -> jax.Array:
     """Return images as floats in [-1, 1], of uint8 pixels or of such floats."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images.astype(jnp.float32)
+    return to_signed(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
 def predict(classifier: Classifier, images: Images) -> Int[np.ndarray, " B"]:
@@ -150,6 +150,8 @@ def _in_chunks(classifier: Classifier, images: Images, what: str) -> np.ndarray:
     outputs = []
     for start in range(0, len(images), _CHUNK):
         chunk = np.asarray(images[start : start + _CHUNK])
+        if chunk.dtype != np.uint8:
+            in_signed_range(chunk, (-1, 1))
         # One shape, so one compiled program; the filling is cut off again.
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], _CHUNK - len(chunk), axis=0)])
         outputs.append(np.asarray(forward(graph, params, filled)[what])[: len(chunk)])

@@ -63,12 +63,17 @@ class FeatureNetwork(abc.ABC):
         """Return the named taps (all by default) of uint8 images, computed together.
 
         Raises:
-            DataError: the images have another side than the network takes, or an output is not finite.
+            DataError: the images are not uint8 or have another side than the network takes, or an output is not finite.
             ValueError: there is no tap of that name.
         """
         chosen = self.taps if taps is None else tuple(taps)
         if unknown := [tap for tap in chosen if tap not in self.taps]:
             raise ValueError(f"the network {self.name} has no output {unknown[0]!r}; it has {', '.join(self.taps)}")
+        if images.dtype != np.uint8:
+            raise DataError(
+                f"images have dtype {images.dtype}; the network {self.name} takes uint8 in [0, 255]. Floats in [-1, 1] "
+                "become that by ear_jax.folders.pictures.to_uint8."
+            )
         if self.image_px is not None and images.shape[1:3] != (self.image_px, self.image_px):
             height, width = images.shape[1:3]
             raise DataError(

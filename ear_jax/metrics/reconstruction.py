@@ -16,6 +16,7 @@ from ear_jax.metrics.protocol import ROUNDING, Protocol
 from ear_jax.metrics.reference import Reference
 from ear_jax.metrics.scores import Scores, collapse_alarm
 from ear_jax.metrics.statistics import gather_arrays, gather_rows
+from ear_jax.nn.resize import check_signed, to_signed
 
 METRICS = ("fd", "psnr", "ssim", "lpips", "class_accuracy", "codebook")
 """What is measured of reconstructions."""
@@ -168,7 +169,7 @@ class ReconstructionScorer:
     def _measured(self, images: np.ndarray, originals: np.ndarray) -> np.ndarray:
         count = len(images)
         filled = [np.concatenate([side, np.repeat(side[-1:], _ROWS - count, axis=0)]) for side in (images, originals)]
-        first, second = (jnp.asarray(side.astype(np.float32) / 127.5 - 1.0) for side in filled)
+        first, second = (to_signed(side) for side in filled)
         values = [np.asarray(distance(first, second))[:count] for distance in self._distances.values()]
         return np.stack(values, axis=1) if values else np.zeros((count, 0))
 
@@ -178,6 +179,7 @@ def psnr(images: Float[Array, "B h w c"], originals: Float[Array, "B h w c"]) ->
 
     Equal images give 106 dB, not infinity, so that means stay finite.
     """
+    check_signed(images, originals)
     # Not `tokenizers/losses.psnr`, which clamps: training logs it of raw outputs; here images are in range already, and
     # a pair of any precision is measured in float32.
     difference = images.astype(jnp.float32) - originals.astype(jnp.float32)
@@ -194,6 +196,7 @@ def ssim(images: Float[Array, "B h w c"], originals: Float[Array, "B h w c"]) ->
     Raises:
         ValueError: The images are smaller than the window.
     """
+    check_signed(images, originals)
     height, width = images.shape[1:3]
     if min(height, width) < _WINDOW:
         raise ValueError(f"SSIM needs images of at least {_WINDOW} pixels a side, got {height} x {width}.")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load_file
 
 from ear_jax.errors import DataError
+from ear_jax.nn.resize import check_signed
 
 # Convolutions of each of the five slices, by their index among torchvision's VGG16 features, with their widths.
 SLICES = (((0, 64), (2, 64)), ((5, 128), (7, 128)), ((10, 256), (12, 256), (14, 256)),
@@ -56,6 +57,7 @@ class PerceptualDistance(nnx.Module):
 
     def features(self, images: Float[Array, "B h w 3"]) -> list[Float[Array, "B i j c"]]:
         """Return the features of the five layers: relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of VGG16."""
+        check_signed(images)
         features = (images.astype(jnp.float32) - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
         taken = []
         for index, (kernels, biases) in enumerate(zip(self.convolutions, self.biases, strict=True)):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from ear_jax.errors import DataError
+
 CUBIC_SHARPNESS = -0.75
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -14,8 +16,27 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def to_signed(
     images: UInt8[Array, "*batch h w c"] | UInt8[np.ndarray, "*batch h w c"],
 ) -> Float[Array, "*batch h w c"]:
-    """Return uint8 images as float32 in [-1, 1]."""
+    """Return uint8 images as float32 in [-1, 1]; nothing else in the project does.
+
+    Raises:
+        DataError: the images are not uint8; floats would be taken for pixels of 0 to 255 without a word.
+    """
+    if images.dtype != np.uint8:
+        raise DataError(
+            f"images have dtype {images.dtype}; expected uint8 in [0, 255]. Floats in [-1, 1] become that by "
+            "ear_jax.folders.pictures.to_uint8."
+        )
     return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+
+
+def check_signed(*images: Array) -> None:
+    """Raise DataError for images that are not floating point, where floats in [-1, 1] are expected."""
+    for side in images:
+        if not jnp.issubdtype(side.dtype, jnp.floating):
+            raise DataError(
+                f"images have dtype {side.dtype}; expected floating point in [-1, 1]. Pixels of uint8 become that by "
+                "ear_jax.nn.resize.to_signed."
+            )
 
 
 def average_pool(features: Float[Array, "B h w c"], factor: int) -> Float[Array, "B h//{factor} w//{factor} c"]:

@@ -12,8 +12,8 @@ from ear_jax.distributed.process import barrier
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder
 from ear_jax.nn.functional import functional
+from ear_jax.nn.resize import to_signed
 from ear_jax.stages.session import Session
-from ear_jax.stages.tokenizer import to_float
 from ear_jax.training.progress import Progress
 
 FLUSH_EVERY_BATCHES = 16
@@ -48,7 +48,7 @@ def cache_latents(session: Session) -> None:
     @jax.jit
     def encode(arrays: dict, images: jax.Array) -> tuple[dict, dict]:
         tokenizer = static.merge(arrays)
-        floats = to_float(images)
+        floats = to_signed(images)
         return tokenizer.posterior(floats).to_batch(), tokenizer.posterior(floats[:, :, ::-1]).to_batch()
 
     size = min(config.latents.batch_size, len(source))

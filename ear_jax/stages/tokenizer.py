@@ -19,6 +19,7 @@ from ear_jax.folders.model_folder import check
 from ear_jax.metrics.reconstruction import psnr
 from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
+from ear_jax.nn.resize import to_signed
 from ear_jax.stages.data_record import check_enough
 from ear_jax.stages.session import Session
 from ear_jax.training.loop import train
@@ -49,7 +50,7 @@ def train_tokenizer(session: Session) -> None:
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
 
     def grid(step: int, state: TrainState) -> dict[str, np.ndarray]:
-        rows = reconstruct(_tokenizer_arrays(state), to_float(pictured["image"]))
+        rows = reconstruct(_tokenizer_arrays(state), to_signed(pictured["image"]))
         there = pictured["index"] >= 0  # a batch is filled up with repeated images
         picture = pictures.titled_rows(
             {title: np.asarray(rows[name])[there] for name, title in ROWS.items() if name in rows}
@@ -119,11 +120,6 @@ def _tell(session: Session, train: SplitSource, held_out: SplitSource) -> None:
         session.say(f"data        {note}")
 
 
-def to_float(images: Any) -> jax.Array:
-    """Turn uint8 images into float32 in [-1, 1]."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-
-
 def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Config) -> Arrays:
     """Return the tokenizer's arrays with the mean and standard deviation of its continuous tokens set.
 
@@ -140,7 +136,7 @@ def with_statistics(static: Functional, arrays: Arrays, source: Any, config: Con
 
     @jax.jit
     def sums(arrays: Arrays, images: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        posterior = static.merge(arrays).posterior(to_float(images))
+        posterior = static.merge(arrays).posterior(to_signed(images))
         return latent_sums(posterior.mean, posterior.std, weight_B)
 
     parts = []
@@ -159,7 +155,7 @@ def reconstruction_psnr(
 
     @jax.jit
     def measure(arrays: Arrays, images: jax.Array) -> dict[str, jax.Array]:
-        truth = to_float(images)
+        truth = to_signed(images)
         rows = _reconstructions(static, arrays, truth)
         return {name: psnr(row, truth) for name, row in rows.items() if name != "original"}
 

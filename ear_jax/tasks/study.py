@@ -1,10 +1,23 @@
 """Run a study: arms and seeds one after the other, then a table, a plot, JSON and verdicts in the workdir."""
 
 import importlib
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
+
+
+def _studies() -> ModuleType:
+    """Import the studies: a part of the installed package, a folder beside it in the repository."""
+    for name in ("ear_jax.studies", "studies"):
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    raise ConfigError(
+        "the studies are neither in this installation nor in a folder studies/ here: install the wheel of ear_jax, or "
+        "run from the repository."
+    )
 
 
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
@@ -15,17 +28,10 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     """
     if not config.study.name:
         raise ConfigError(
-            f"config.study.name={config.study.name!r} is no study. Use a file of configs/studies/, for example "
-            "--config=configs/studies/fidelity.py."
+            f"config.study.name={config.study.name!r} is no study. Use a recipe of studies, for example "
+            "--config=studies/fidelity."
         )
-    try:
-        studies = importlib.import_module("studies").STUDIES
-    except ModuleNotFoundError as error:
-        if error.name != "studies":
-            raise
-        raise ConfigError(
-            "the studies are beside the library, in studies/ of the repository; run from there."
-        ) from error
+    studies = _studies().STUDIES
     root = Path(workdir)
     result = studies[config.study.name](config, root, model)
     for verdict in result["verdicts"]:

@@ -1,12 +1,15 @@
 """A model folder in use: from Python by `ear_jax.load`, and from the command line by sample, bench and show."""
 
 import dataclasses
+import json
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from integration.tiny import SMALLEST, random_model, tiny_config
@@ -63,7 +66,80 @@ def test_sampling_by_id_and_by_name_is_the_same(model):
     np.testing.assert_array_equal(model.sample(np.asarray([2, 0], np.int64)), by_id)
     np.testing.assert_array_equal(model.sample(2), by_id[:1])
     np.testing.assert_array_equal(model.sample("triangle"), by_id[:1])
-    assert model.sample([]).shape == (0, PX, PX, 3)
+    for labels in (jnp.asarray([2, 0]), jnp.asarray([2.0, 0.0], jnp.bfloat16), [jnp.int32(2), np.array(0)], (2.0, 0)):
+        np.testing.assert_array_equal(model.label_ids(labels), [2, 0])
+    for label in (jnp.asarray(2), np.array(2), np.array("triangle"), Fraction(2), np.uint8(2)):
+        np.testing.assert_array_equal(model.label_ids(label), [2])
+
+
+def test_numbers_of_any_library_are_options(model):
+    plain = model.sample([2], seed=3, guidance_scale=2.0, temperature=0.5, steps=(2, 1), start_index=4)
+    for number in (jnp.asarray, np.array, Fraction):
+        options = {"guidance_scale": number(2), "temperature": number(1) / 2, "steps": [number(2), number(1)]}
+        drawn = model.sample([number(2)], seed=number(3), start_index=number(4), batch_size=number(16), **options)
+        np.testing.assert_array_equal(drawn, plain)
+
+
+def test_empty_batches_give_empty_results_without_compiling(folder):
+    model = ear_jax.load(folder)
+    for labels in ([], np.zeros(0), jnp.zeros(0, jnp.int32), ()):
+        assert model.sample(labels).shape == (0, PX, PX, 3)
+    assert model.sample([0], images_per_class=0).shape == (0, PX, PX, 3) and model.sample([], output="pil") == []
+    for images in (np.zeros((0, PX, PX, 3), np.uint8), np.zeros((0, PX, PX, 3), np.float32), []):
+        tokens = model.encode(images)
+        assert [(level.shape, level.dtype) for level in tokens.levels] == [((0, 4), "int32"), ((0, 16, 4), "float32")]
+    assert model.decode(tokens).shape == (0, PX, PX, 3) and model.decode(tokens.coarse).shape == (0, PX, PX, 3)
+    programs: tuple[Any, ...] = (model.programs.sample, model.programs.encode, model.programs.decode)
+    assert [program._cache_size() for program in programs] == [0, 0, 0]
+
+
+def test_pictures_in_and_out(model):
+    images = model.sample([1, 1, 3, 3], seed=2)
+    pictures = model.sample([1, 3], images_per_class=2, seed=2, output="pil", progress=True)
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in pictures]), images)
+    single = model.sample("square", seed=2, output="pil")
+    assert isinstance(single, Image.Image) and single.size == (PX, PX)
+    assert len(model.sample(seed=2)) == 4, "every class"
+    tokens = model.encode(images)
+    for given in (pictures, list(images)):
+        np.testing.assert_array_equal(model.encode(given).coarse, tokens.coarse)
+    assert model.encode(single).coarse.shape == (1, 4)
+    again = model.decode(tokens, output="pil")
+    np.testing.assert_array_equal(np.asarray(again[1]), model.decode(tokens)[1])
+    for odd, fault in (
+        (single.convert("RGBA"), "mode RGBA; expected RGB or L"),
+        (single.resize((4, 4)), r"shape \(1, 4, 4, 3\)"),
+        ([images[0], images[0, :4]], "several shapes"),
+    ):
+        with pytest.raises(ConfigError, match=fault):
+            model.encode(odd)
+    with pytest.raises(ConfigError, match="output='png'"):
+        model.sample([0], output="png")
+
+
+def test_coarse_tokens_alone_decode(model):
+    tokens = model.encode(np.zeros((2, PX, PX, 3), np.uint8))
+    expected = model.decode(Tokens(tokens.levels[:1]))
+    for given in (tokens.coarse, np.asarray(tokens.coarse), tokens.levels[:1]):
+        np.testing.assert_array_equal(model.decode(given), expected)
+    for given, fault in ((tokens.fine, "tokens.fine alone is no image"), (None, "not NoneType"), ([1, 2], "not list")):
+        with pytest.raises(ConfigError, match=fault):
+            model.decode(given)
+
+
+def test_a_model_says_what_it_is_and_is_saved_and_loaded_again(model, folder, tmp_path):
+    info = model.info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["classes"] == 4 and info["parameters"] == model.parameters and info["path"] == str(folder)
+    assert repr(model).startswith("Pipeline(name=") and f"image_px={PX}" in repr(model)
+    saved = ear_jax.load(model.save(tmp_path / "copy"), devices=jax.devices()[:1])
+    assert saved.devices == (saved.device,) == (jax.devices()[0],) and len(model.devices) == 8
+    for part in ("tokenizer_arrays", "generator_arrays"):
+        own, again = getattr(model, part), getattr(saved, part)
+        assert own.keys() == again.keys() and all(np.array_equal(own[name], again[name]) for name in own)
+    assert (saved.config, saved.class_names) == (model.config, model.class_names)
+    with pytest.raises(ConfigError, match="devices is empty"):
+        ear_jax.load(folder, devices=[])
 
 
 def test_an_image_depends_on_seed_index_and_label_alone(model):
@@ -167,6 +243,19 @@ def test_images_go_to_tokens_and_back(model):
     assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
     floats = model.encode(images.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(floats.fine, tokens.fine, atol=1e-4)
+    for bright, value_range in ((images.astype(np.float32) / 255, (0, 1)), (np.abs(images / 127.5 - 1), (-1, 1))):
+        with pytest.raises(ConfigError, match=r"may be meant in \[0, 1\] or in \[-1, 1\]. Say which with value_range="):
+            model.encode(bright)
+        model.encode(bright, value_range=value_range)
+    np.testing.assert_allclose(model.encode(jnp.asarray(images) / 255, value_range=(0, 1)).fine, tokens.fine, atol=1e-4)
+    for pixels, value_range, reason in (
+        (images, (0, 1), "is for floats; these images are uint8"),
+        (images / 127.5 - 1, (0, 255), "expected (-1, 1) or (0, 1)"),
+        (images / 127.5 - 1, (0, 1), "outside [0, 1]"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            model.encode(pixels, value_range=value_range)
+    assert list(map(len, model.encode(np.full((2, PX, PX, 3), -0.5), value_range=(-1.0, 1.0)).levels)) == [2, 2]
     assert (model.decode(Tokens(tokens.levels[:1])) != decoded).any()
     drawn = [np.asarray(model.encode(images, seed=seed).fine) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
@@ -180,13 +269,21 @@ def test_images_go_to_tokens_and_back(model):
         (np.zeros((8, 8, 3), np.uint8), r"shape \(8, 8, 3\)"),
         (np.zeros((1, PX, PX, 4), np.uint8), r"shape \(1, 8, 8, 4\)"),
         (np.zeros((1, PX, PX, 3), np.int32), "dtype int32"),
-        (np.full((1, PX, PX, 3), 255.0, np.float32), r"values 255.0 to 255.0; expected uint8"),
+        (np.full((1, PX, PX, 3), 255.0, np.float32), r"values 255 to 255, outside \[-1, 1\]; expected uint8"),
         (np.full((1, PX, PX, 3), np.nan, np.float32), "values nan"),
     ],
 )
 def test_images_that_cannot_be_encoded_are_refused(model, images, fault):
     with pytest.raises(ConfigError, match=fault):
         model.encode(images)
+
+
+def test_seeds_have_one_range_everywhere(model):
+    for seed in (-1, 2**32, 1.5, True, jnp.asarray(-1)):
+        with pytest.raises(ConfigError, match=r"seed=.*expected an integer from 0 to 4294967295"):
+            model.encode(np.zeros((1, PX, PX, 3), np.uint8), seed=seed)
+        with pytest.raises(ConfigError, match=r"seed=.*expected an integer from 0 to 4294967295"):
+            model.sample([0], seed=seed)
 
 
 def test_tokens_that_cannot_be_decoded_are_refused(model):

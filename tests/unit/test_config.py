@@ -241,7 +241,7 @@ SCALES = {
         ({"mesh.data": "-1", "mesh.fsdp": "-1"}, "only one of"),
         ({"mesh.tensor": "0"}, "leaves no device"),
         ({"name": "../up"}, "names folders"),
-        ({"seed": str(2**32)}, "less than 2**32"),
+        ({"seed": str(2**32)}, "config.seed=4294967296: expected an integer from 0 to 4294967295"),
     ],
 )
 def test_contradictions_are_found(overrides: dict[str, str], words: str) -> None:
@@ -395,7 +395,8 @@ def test_sequences_stay_short_at_any_resolution() -> None:
 
 def test_wrong_references_list_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"there is no file configs/lite_hybrd.py. Did you mean 'lite_hybrid'(?s:.)*cifar10"
+        ConfigError,
+        match=r"no recipe configs/lite_hybrd.py. Did you mean 'lite_hybrid'(?s:.)*cifar10",
     ):
         read.load("configs/lite_hybrd.py")
     with pytest.raises(ConfigError, match="Did you mean 'imagenet256'"):
@@ -414,3 +415,28 @@ def test_wrong_references_list_what_there_is(tmp_path: Path) -> None:
 def test_run_folders_are_named_after_file_and_variant() -> None:
     assert read.load("configs/lite_hybrid.py")[1] == "lite_hybrid"
     assert read.load("configs/lite_hybrid.py:imagenet256,tiny")[1] == "lite_hybrid_imagenet256_tiny"
+
+
+def test_a_recipe_is_found_by_file_and_by_name_from_any_folder(tmp_path, monkeypatch):
+    expected = read.load(str(REPOSITORY / "configs" / "lite_hybrid.py") + ":imagenet256")
+    monkeypatch.chdir(tmp_path)
+    for name in ("lite_hybrid", "lite_hybrid.py", "configs/lite_hybrid.py", "configs/lite_hybrid"):
+        assert read.load(f"{name}:imagenet256") == expected
+    assert read.load("studies/fidelity")[1] == "fidelity"
+    for name in ("../lite_hybrid", "lite_hybrd", "configs", "_recipes/x"):
+        with pytest.raises(ConfigError, match="there is no file and no recipe"):
+            read.load(name)
+    # Files of a package are no neighbours of its recipes: ear_jax/types.py would hide a library's own.
+    package = tmp_path / "package"
+    (package / "recipes").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "hidden.py").touch()
+    (package / "recipes" / "mine.py").write_text("import hidden")
+    with pytest.raises(ConfigError, match="No module named 'hidden'"):
+        read.load(str(package / "recipes" / "mine.py"))
+
+
+def test_seeds_of_a_study_are_in_range():
+    for seeds in ("(0,-1)", "(0,4294967296)"):
+        with pytest.raises(ConfigError, match=r"config.study.seeds\[1\]=.*expected an integer from 0 to 4294967295"):
+            read.resolve({}, [("study.seeds", seeds)])

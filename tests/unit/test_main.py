@@ -1,8 +1,10 @@
 """The command line as a user meets it: help, mistakes, exit statuses, and how long an answer takes."""
 
 import errno
+import inspect
 import json
 import os
+import pydoc
 import resource
 import subprocess
 import sys
@@ -233,11 +235,31 @@ def test_the_package_and_the_command_line_import_fast_and_without_jax() -> None:
     assert answer.stdout.startswith("True [] "), answer.stdout + answer.stderr
 
 
+def test_load_is_an_ordinary_function_of_the_package() -> None:
+    import ear_jax
+
+    assert "load" in dir(ear_jax) and inspect.isfunction(ear_jax.load)
+    assert "load(path" in pydoc.plain(pydoc.render_doc(ear_jax)) and "Raises:" in (ear_jax.load.__doc__ or "")
+
+
+@pytest.mark.parametrize("command", [("-m", "ear_jax"), ("-c", "from ear_jax.main import run; run()")])
+def test_the_version_and_the_recipes_are_told_from_any_folder(command: tuple[str, ...], tmp_path: Path) -> None:
+    def told(*arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        run = subprocess.run(
+            [sys.executable, *command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return run.stdout + run.stderr
+
+    assert told("--version").startswith("ear_jax 0.") and "(jax 0." in told("--version")
+    assert "Recipes that come with ear_jax:" in told("--help") and "studies/fidelity  variants" in told("--help")
+
+
 def test_the_package_has_no_other_attributes() -> None:
     import ear_jax
 
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        _ = ear_jax.laod
+        _ = ear_jax.laod  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_slurm_launcher_requeues_what_was_saved(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """Pictures: the uint8 formula, grids, file names, .npz, and whole-file writes."""
 
 import logging
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from ear_jax.errors import StorageError
+from ear_jax.errors import ConfigError, DataError, StorageError
 from ear_jax.files import atomic_file
 from ear_jax.folders import pictures
+from ear_jax.metrics.reconstruction import psnr, ssim
+from ear_jax.nn.resize import to_signed
 
 
 def _images(count: int, side: int) -> np.ndarray:
@@ -35,6 +38,24 @@ def test_values_that_are_not_numbers_are_zero_and_logged(caplog):
     with caplog.at_level(logging.WARNING):
         assert pictures.to_uint8(np.full((1, 1, 3), np.nan, np.float32)).tolist() == [[[0, 0, 0]]]
     assert "3 of 3" in caplog.text
+
+
+def test_floats_whose_range_is_in_doubt_are_not_drawn(tmp_path):
+    for images in (np.full((1, 8, 8, 3), 0.5), np.full((1, 8, 8, 3), 255.0), jnp.ones((1, 8, 8, 3), "bfloat16")):
+        for draw in (pictures.grid, partial(pictures.save_npz, tmp_path / "samples.npz", labels=[0])):
+            with pytest.raises(ConfigError, match=r"may be meant in \[0, 1\] or \[0, 255\]"):
+                draw(images=images)
+    assert pictures.grid(np.full((1, 8, 8, 3), -2.0, np.float32)).min() == 0, "a decoder may leave the range"
+
+
+def test_measures_take_the_images_they_were_made_for():
+    pixels, floats = np.zeros((2, 16, 16, 3), np.uint8), jnp.zeros((2, 16, 16, 3))
+    for measure in (psnr, ssim):
+        with pytest.raises(DataError, match=r"dtype uint8; expected floating point in \[-1, 1\]"):
+            measure.__wrapped__(jnp.asarray(pixels), floats)
+    with pytest.raises(DataError, match=r"dtype float32; expected uint8"):
+        to_signed.__wrapped__(floats)
+    assert (to_signed(pixels) == -1).all()
 
 
 def test_grid_enlarges_by_whole_pixels_and_keeps_order():
