@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ear_jax import build
-from ear_jax.config import Config, from_dict, kinds
+from ear_jax.config import Config, from_dict, kinds, uses
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder
 from ear_jax.folders.model_folder import check
@@ -25,15 +25,16 @@ from ear_jax.types import LevelSpec, TokenizerSpec, Tokens
 Label = int | str
 
 
-def load(path: str | os.PathLike[str]) -> "Pipeline":
-    """Load a model folder, or the one inside a workdir.
+def load(path: str | os.PathLike[str], *, drawn_as: Config | None = None) -> "Pipeline":
+    """Load a model folder, or the one inside a workdir; where `drawn_as` is given, it draws as that says.
 
     Raises:
         ConfigError: the folder holds no model, or one this version cannot build.
         DataError: its tensors are damaged.
     """
     folder = model_folder.read(path)
-    pipeline = Pipeline(from_dict(folder.config_dict), folder.class_names, folder.tensors)
+    own = from_dict(folder.config_dict)
+    pipeline = Pipeline(own if drawn_as is None else uses.drawn_as(own, drawn_as), folder.class_names, folder.tensors)
     pipeline.path = folder.path
     return pipeline
 

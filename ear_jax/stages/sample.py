@@ -23,7 +23,7 @@ def sample(config: Config, model: str, folder: Path) -> None:
     Raises:
         ConfigError: the model cannot sample these labels.
     """
-    loaded = pipeline.load(model)
+    loaded = pipeline.load(model, drawn_as=config)
     settings = config.sample
     chosen = loaded.label_ids(settings.labels) if settings.labels else np.arange(len(loaded.class_names))
     if not len(chosen):

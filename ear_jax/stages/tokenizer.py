@@ -20,12 +20,16 @@ from ear_jax.metrics.reconstruction import psnr
 from ear_jax.metrics.statistics import latent_statistics, latent_sums
 from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays, signature
 from ear_jax.stages.session import Session
+from ear_jax.stages.starting import Start
 from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Tokens
 
 GRID_IMAGES = 12
 STATISTICS_IMAGES = 10_000
+PREFIX = "tokenizer/"
+"""Of the tokenizer's arrays in the module that is trained."""
+
 SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
 
 
@@ -34,8 +38,8 @@ def train_tokenizer(session: Session) -> None:
     config, workdir = session.config, session.workdir
     if session.is_complete("tokenizer"):
         session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
+        session.record_config()
         return
-    session.begin("tokenizer")
     if config.tokenizer.source:
         adopt_tokenizer(session)
         return
@@ -43,7 +47,12 @@ def train_tokenizer(session: Session) -> None:
     held_out = open_split(config.data, "eval", seed=config.seed)
     for note in source.notes:
         session.say(f"data        {note}")
-    static, _, _ = functional(build.abstract_tokenizer(config))
+    abstract = build.abstract_tokenizer(config)
+    static, _, _ = functional(abstract)
+    start = None
+    if config.tokenizer.start_from and not session.has_begun("tokenizer"):
+        start = Start.read("tokenizer", config.tokenizer.start_from, signature(abstract), class_names=())
+    session.begin("tokenizer", len(source))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
 
@@ -57,6 +66,9 @@ def train_tokenizer(session: Session) -> None:
 
     create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
     stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid)
+    if start is not None:
+        stage.initial = {f"{PREFIX}{name}": array for name, array in start.taken.items()}
+        start.record(session)
     try:
         _, state = train(stage)
     finally:
@@ -96,6 +108,7 @@ def adopt_tokenizer(session: Session) -> None:
     expected = signature(build.abstract_tokenizer(config))
     check(found.tensors.get("tokenizer", {}), expected, f"the tokenizer of {config.tokenizer.source}")
     source = open_split(config.data, "train", seed=config.seed)
+    session.begin("tokenizer", len(source))
     if session.is_first:
         model_folder.write(
             workdir.model("tokenizer"),
@@ -175,7 +188,6 @@ def _reconstructions(static: Functional, arrays: Arrays, images: jax.Array) -> M
 
 
 def _tokenizer_arrays(state: TrainState) -> Arrays:
-    prefix = "tokenizer/"
     merged = {**state["ema"], **state["rest"]}
-    mine = to_host({name: leaf for name, leaf in merged.items() if name.startswith(prefix)})
-    return {name.removeprefix(prefix): jnp.asarray(leaf) for name, leaf in mine.items()}
+    mine = to_host({name: leaf for name, leaf in merged.items() if name.startswith(PREFIX)})
+    return {name.removeprefix(PREFIX): jnp.asarray(leaf) for name, leaf in mine.items()}
