@@ -192,9 +192,7 @@ class TokenizerConfig:
 
     name: str = key("lite_hybrid", "tokenizer", choices=("lite_hybrid", "lite_vae", "kl_vae", "vqvae", "hart"))
     source: str = key("", "model folder whose tokenizer is taken as it is; empty = train one")
-    start_from: str = key(
-        "", "model folder or .safetensors that gives the first weights; empty = none"
-    )
+    start_from: str = key("", "model folder or .safetensors that gives the first weights; empty = none")
     vae: LiteVAEConfig = group(LiteVAEConfig)
     kl_vae: KLVAEConfig = group(KLVAEConfig)
     vqvae: VQVAEConfig = group(VQVAEConfig)
@@ -303,9 +301,7 @@ class SoftmaxHeadConfig:
 class GeneratorConfig:
     """Backbone, heads and what the generator learns at each level."""
 
-    start_from: str = key(
-        "", "model folder or .safetensors that gives the first weights; empty = none"
-    )
+    start_from: str = key("", "model folder or .safetensors that gives the first weights; empty = none")
     backbone: BackboneConfig = group(BackboneConfig)
     continuous_head: str = key("energy", "head of continuous levels", choices=("energy", "diffusion"))
     energy: EnergyHeadConfig = group(EnergyHeadConfig)

@@ -56,10 +56,12 @@ def _without_effect(model: Config) -> dict[str, str]:
     }
     if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):
         found["generator.diffusion.sample_steps"] = "only a diffusion head reads it"
-    for missing, paths in (
-        ("discrete", ("generator.coarse.steps", "sample.coarse_steps", "sample.coarse_temperature")),
-        ("continuous", ("generator.fine.steps", "sample.fine_steps", "sample.temperature")),
+    for what, steps, temperature in (
+        ("discrete", ("generator.coarse.steps", "sample.coarse_steps"), "sample.coarse_temperature"),
+        ("continuous", ("generator.fine.steps", "sample.fine_steps"), "sample.temperature"),
     ):
-        if missing not in drawn:
-            found |= dict.fromkeys(paths, f"it draws no {missing} level")
+        if what not in drawn:
+            found |= dict.fromkeys((*steps, temperature), f"it draws no {what} level")
+        elif max(kind.most_steps(model, level) for level in levels(model) if level.kind == what) == 1:
+            found |= dict.fromkeys(steps, "each of its levels takes one pass")
     return found

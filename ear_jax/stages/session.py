@@ -159,9 +159,7 @@ class Session:
         known = leaves()
         was = {name: found.get(name, json.loads(json.dumps(known[name].default))) for name in wanted}
         gone = {name: value for name, value in found.items() if name not in known}
-        return {
-            name: (value, wanted.get(name)) for name, value in {**was, **gone}.items() if value != wanted.get(name)
-        }
+        return {name: (value, wanted.get(name)) for name, value in {**was, **gone}.items() if value != wanted.get(name)}
 
 
 def inputs(config: Config, stage: str) -> dict[str, Any]:
