@@ -32,7 +32,9 @@ def _another(leaf: Leaf) -> Any:
         return not leaf.default
     if isinstance(leaf.default, str):
         return "another"
-    return (*leaf.default, 1) if isinstance(leaf.default, tuple) else leaf.default + 3
+    if isinstance(leaf.default, tuple):
+        return (*leaf.default, "another" if "str" in str(leaf.kind) else 1)
+    return leaf.default + 3
 
 
 def _asked(config: Config) -> Any:
