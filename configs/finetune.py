@@ -1,7 +1,8 @@
 """Any recipe of a generator, shortened to fine-tune a model of it on a folder of one's own (docs/howto/finetune.md).
 
     python -m ear_jax.main --config=configs/finetune.py:var_d16 --workdir=runs/mine \\
-        --config.data.source=folder:PHOTOS --config.tokenizer.source=runs/var_d16 --config.generator.start_from=runs/var_d16
+        --config.data.source=folder:PHOTOS --config.tokenizer.source=runs/var_d16 \\
+        --config.generator.start_from=runs/var_d16
 
 Variants are those of the model: lite_hybrid_demo, lite_hybrid_imagenet256 …, ear_b …, mar_b …, var_d16 …, dit_xl2 …
 """

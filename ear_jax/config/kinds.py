@@ -102,7 +102,12 @@ def _next_scale_faults(config: Config) -> Iterator[Fault]:
 def _dit_faults(config: Config) -> Iterator[Fault]:
     yield from _needs_one_continuous_level(config)
     diffusion, passes = config.generator.diffusion, config.sample.fine_steps or config.generator.fine.steps
-    trained = diffusion.train_steps
+    trained, channels = diffusion.train_steps, derive.latent_channels(config)
+    if diffusion.guided_channels > channels:
+        yield fault(
+            f"config.generator.diffusion.guided_channels={diffusion.guided_channels} is more than the {channels} "
+            "latent channels; use fewer, or 0 for all of them."
+        )
     has_stride = any(len(range(0, trained, stride)) == passes for stride in range(1, trained + 1))
     if diffusion.sampler == "ddim" and not has_stride:
         yield fault(

@@ -40,7 +40,7 @@ def _one_device(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def programs() -> Iterator[None]:
     """Compile a training with a constant schedule once: its program does not know how long the run is."""
     with Programs().shared():

@@ -58,7 +58,7 @@ def _modules(model: Config, config: Config) -> Any:
         {},
         dict(tokenizer__name="kl_vae", generator__backbone__name="mar", generator__continuous_head="diffusion"),
         dict(tokenizer__name="vqvae", generator__backbone__name="next_scale"),
-        dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__fine__steps=5),
+        dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__diffusion__guided_channels=1),
     ],
     ids=["masked", "mar", "next_scale", "dit"],
 )
