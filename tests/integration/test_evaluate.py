@@ -55,7 +55,7 @@ def programs() -> Iterator[None]:
     with (
         mock.patch.object(session, "make_mesh", one_device_mesh),
         mock.patch.object(jax, "local_devices", lambda: jax.devices()[:1]),
-        mock.patch.object(pipeline, "load", lambda path: load(str(path))),
+        mock.patch.object(pipeline, "load", lambda path, drawn_as=None: load(str(path))),
         quick_compilation(),
     ):
         yield
