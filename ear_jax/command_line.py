@@ -15,12 +15,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ear_jax.config.read import listing, load, raise_faults, resolve
-from ear_jax.config.schema import Config
+from ear_jax.config.read import from_dict, listing, load, raise_faults, resolve
+from ear_jax.config.schema import USES, Config
 from ear_jax.config.suggest import closest_paths, did_you_mean
+from ear_jax.config.uses import refusals
 from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
-from ear_jax.tasks import SUMMARIES, TASKS
+from ear_jax.tasks import SUMMARIES, TASKS, TRAINING
 
 _FLAGS = ("config", "workdir", "task", "model", "help", "version")
 
@@ -91,8 +92,29 @@ def read(arguments: Sequence[str]) -> Request:
     except EarError as error:
         raise_faults([*faults, str(error)])
         raise
-    config = resolve(values, overrides, other_faults=faults)
+    is_training = task in TRAINING
+    config = resolve(
+        values,
+        overrides,
+        other_faults=faults,
+        is_once=lambda path: not is_training or leaves()[path].metadata["is_asked"],
+    )
+    if task in USES:
+        raise_faults(_refused(task, flags, [path for path, _ in overrides], config))
     return Request(config, task, flags.get("workdir") or f"runs/{run_name}", flags.get("model"))
+
+
+def _refused(task: str, flags: Mapping[str, str], paths: Sequence[str], config: Config) -> list[str]:
+    """Return why overrides cannot be applied to the finished model that a task uses; none where there is no model."""
+    from ear_jax.folders.model_folder import find  # as in `_base_values`
+
+    if (task == "bench" and config.bench.what == "compile") or (task == "evaluate" and config.evaluate.images):
+        return []
+    try:
+        folder = find(flags.get("model") or flags.get("workdir") or "")
+    except EarError:
+        return []  # the task says so
+    return list(refusals(task, paths, config, from_dict(_stored(folder / "config.json"))))
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], list[str]]:

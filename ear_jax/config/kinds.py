@@ -43,6 +43,7 @@ class Kind:
         most_steps: (configuration, level) -> the largest sensible number of passes for a level.
         steps_of: what those steps are counted in, for messages.
         faults: configuration -> what this kind cannot do with it.
+        options: keys of drawing that only some kinds read, and this one does.
         has_streams: whether several draws of its last level from one pass are a forecast whose spread can be judged.
     """
 
@@ -50,6 +51,7 @@ class Kind:
     most_steps: Callable[[Config, LevelSpec], int]
     steps_of: str = "tokens"
     faults: Callable[[Config], Iterable[Fault]] = no_faults
+    options: tuple[str, ...] = ()
     has_streams: bool = False
 
 
@@ -100,7 +102,12 @@ def _next_scale_faults(config: Config) -> Iterator[Fault]:
 def _dit_faults(config: Config) -> Iterator[Fault]:
     yield from _needs_one_continuous_level(config)
     diffusion, passes = config.generator.diffusion, config.sample.fine_steps or config.generator.fine.steps
-    trained = diffusion.train_steps
+    trained, channels = diffusion.train_steps, derive.latent_channels(config)
+    if diffusion.guided_channels > channels:
+        yield fault(
+            f"config.generator.diffusion.guided_channels={diffusion.guided_channels} is more than the {channels} "
+            "latent channels; use fewer, or 0 for all of them."
+        )
     has_stride = any(len(range(0, trained, stride)) == passes for stride in range(1, trained + 1))
     if diffusion.sampler == "ddim" and not has_stride:
         yield fault(
@@ -117,8 +124,16 @@ KINDS: dict[str, Kind] = schema.KINDS
 KINDS |= {
     "masked": Kind(patched_levels, _tokens, has_streams=True),
     "mar": Kind(patched_levels, _tokens, faults=_needs_one_continuous_level, has_streams=True),
-    "next_scale": Kind(derive.tokenizer_levels, _one, faults=_next_scale_faults),
-    "dit": Kind(patched_levels, _trained_steps, "diffusion steps", faults=_dit_faults),
+    "next_scale": Kind(
+        derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p")
+    ),
+    "dit": Kind(
+        patched_levels,
+        _trained_steps,
+        "diffusion steps",
+        faults=_dit_faults,
+        options=("generator.diffusion.sampler", "generator.diffusion.guided_channels"),
+    ),
 }
 
 

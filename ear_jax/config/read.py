@@ -5,10 +5,11 @@ raises ValueError for a variant it does not know, and with `VARIANTS`, the names
 `values.py`; what keys imply for each other is `validate.py`.
 """
 
+import dataclasses
 import importlib.util
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,11 @@ Override = tuple[str, str]
 
 
 def resolve(
-    values: Mapping[str, Any] | ConfigDict, overrides: Sequence[Override] = (), *, other_faults: Sequence[str] = ()
+    values: Mapping[str, Any] | ConfigDict,
+    overrides: Sequence[Override] = (),
+    *,
+    other_faults: Sequence[str] = (),
+    is_once: Callable[[str], bool] = lambda path: False,
 ) -> Config:
     """Build the config that `values` and `overrides` describe; keys that neither names keep their defaults.
 
@@ -36,6 +41,7 @@ def resolve(
         values: Nested mapping or ConfigDict by group and key.
         overrides: Dotted paths (without `config.`) and texts; they win over `values`.
         other_faults: Faults the caller has found already, reported together with those found here.
+        is_once: Tells of an overridden path whether it is asked for this call alone, so that `to_dict` leaves it out.
 
     Raises:
         ConfigError: Something is wrong; its text holds every fault, one a line.
@@ -46,7 +52,7 @@ def resolve(
     for path, value in _flat(values, "", faults):
         _settle(path, value, checked_values.check, settled, doubtful, faults)
     given: dict[str, str] = {}
-    file_values = dict(settled)
+    before = dict(settled)
     for path, text in overrides:
         if path in given:
             faults.append(f"config.{path}: given twice, as {given[path]!r} and {text!r}; give it once.")
@@ -57,9 +63,10 @@ def resolve(
         else:
             given[path] = text
             faults.append(_unknown(path))
-    for line in follow(file_values, settled, given):
+    for line in follow(before, settled, given):
         print(line, flush=True)
-    config = unflatten(settled)
+    once = {path: before.get(path, leaves()[path].default) for path in given if path in leaves() and is_once(path)}
+    config = dataclasses.replace(unflatten(settled), once=once)
     faults += [fault.text for fault in cross_faults(config) if not doubtful.intersection(fault.paths)]
     raise_faults(faults)
     return config
@@ -74,9 +81,9 @@ def raise_faults(faults: Sequence[str]) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the config as nested dictionaries of JSON-safe values; `from_dict` undoes it."""
+    """Return what a run keeps of the config, as nested dictionaries of JSON-safe values; `from_dict` undoes it."""
     nested: dict[str, Any] = {}
-    for path, value in flatten(config).items():
+    for path, value in {**flatten(config), **config.once}.items():
         *parents, name = path.split(".")
         node = nested
         for parent in parents:

@@ -5,8 +5,11 @@ becomes these objects is `read.py`; what one key implies for another is `validat
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
+
+USES = ("sample", "evaluate", "bench")
+"""Tasks that use a finished model."""
 
 KINDS: dict[str, Any] = {}
 """Kinds of generator by the name that chooses one; `kinds.py` fills the table."""
@@ -22,10 +25,14 @@ def key(
     above: float | None = None,
     below: float | None = None,
     affects_result: bool = True,
+    read_by: Collection[str] | None = None,
+    is_asked: bool | None = None,
 ) -> Any:
     """Declare one config key: default, meaning and range (`low`, `high` inclusive, `above`, `below` exclusive).
 
     Without `affects_result` it only changes how a stage is run or watched: a stage goes on when it has changed.
+    `read_by` are those of `USES` that read it of a finished model; the others refuse it. A key that `is_asked` is of
+    the call that gives it, and not of the run. What is not said of a key is said of its group.
     """
     metadata = {
         "help": help,
@@ -35,13 +42,15 @@ def key(
         "below": below,
         "choices": choices,
         "affects_result": affects_result,
+        "read_by": read_by,
+        "is_asked": is_asked,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(cls: type) -> Any:
-    """Declare a nested group of keys whose defaults are those of `cls`."""
-    return dataclasses.field(default_factory=cls)
+def group(cls: type, *, read_by: Collection[str] | None = None, is_asked: bool | None = None) -> Any:
+    """Declare a nested group of keys whose defaults are those of `cls`; `read_by` and `is_asked` are as in `key`."""
+    return dataclasses.field(default_factory=cls, metadata={"read_by": read_by, "is_asked": is_asked})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +74,7 @@ class DataConfig:
 
     source: str = key("shapes", "shapes | folder:PATH | tfds:NAME")
     tfds_directory: str = key("", "folder that --task=prepare writes and tfds: reads; empty = ~/tensorflow_datasets")
-    image_px: int = key(32, "side of the square training images", low=8, high=4096)
+    image_px: int = key(32, "side of the square training images", low=8, high=4096, read_by=())
     use_flip: bool = key(True, "mirror images left-right with probability one half")
     eval_images: int = key(1_000, "images held out for evaluation, at most", low=1)
     eval_fraction: float = key(0.05, "fraction held out when a folder has no test or val split", above=0.0, below=1.0)
@@ -195,6 +204,7 @@ class TokenizerConfig:
 
     name: str = key("lite_hybrid", "tokenizer", choices=("lite_hybrid", "lite_vae", "kl_vae", "vqvae", "hart"))
     source: str = key("", "model folder whose tokenizer is taken as it is; empty = train one")
+    start_from: str = key("", "model folder or .safetensors that gives the first weights; empty = none")
     vae: LiteVAEConfig = group(LiteVAEConfig)
     kl_vae: KLVAEConfig = group(KLVAEConfig)
     vqvae: VQVAEConfig = group(VQVAEConfig)
@@ -214,7 +224,7 @@ class TokenizerConfig:
 class LevelConfig:
     """How one level of the image is masked in training and drawn in sampling."""
 
-    steps: int = key(1, "backbone passes that draw this level", low=1, high=4096, affects_result=False)
+    steps: int = key(1, "backbone passes that draw this level", low=1, high=4096, affects_result=False, read_by=USES)
     mask_ratio: str = key(
         "truncated_normal",
         "distribution of the masked fraction in training",
@@ -272,10 +282,24 @@ class DiffusionConfig:
     depth: int = key(6, "head: residual blocks", low=1)
     train_steps: int = key(1000, "steps of the trained process", low=2)
     schedule: str = key("cosine", "noise schedule", choices=("cosine", "linear"))
-    sample_steps: int = key(100, "head: denoising steps a token, evenly respaced", low=1)
+    sample_steps: int = key(
+        100, "head: denoising steps a token, evenly respaced", low=1, affects_result=False, read_by=USES
+    )
     repeats: int = key(4, "head: independent time steps a token and update", low=1, high=64)
-    sampler: str = key("ddpm", "dit: ancestral or deterministic steps", choices=("ddpm", "ddim"))
-    guided_channels: int = key(3, "dit: latent channels that guidance acts on, the first n; 0 = all", low=0)
+    sampler: str = key(
+        "ddpm",
+        "dit: ancestral or deterministic steps",
+        choices=("ddpm", "ddim"),
+        affects_result=False,
+        read_by=USES,
+    )
+    guided_channels: int = key(
+        3,
+        "dit: latent channels that guidance acts on, the first n; 0 = all",
+        low=0,
+        affects_result=False,
+        read_by=USES,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +313,7 @@ class SoftmaxHeadConfig:
 class GeneratorConfig:
     """Backbone, heads and what the generator learns at each level."""
 
+    start_from: str = key("", "model folder or .safetensors that gives the first weights; empty = none")
     backbone: BackboneConfig = group(BackboneConfig)
     continuous_head: str = key("energy", "head of continuous levels", choices=("energy", "diffusion"))
     energy: EnergyHeadConfig = group(EnergyHeadConfig)
@@ -310,6 +335,12 @@ class TrainingConfig:
     accumulation_steps: int = key(1, "micro-batches an update is split into", low=1)
     epochs: float = key(0.0, "length of the run in passes over the data", low=0.0)
     steps: int = key(0, "length of the run in updates", low=0)
+    longer: str = key(
+        "exact",
+        "training longer than at first: only where it equals the longer run, or stretch the schedule from here on",
+        choices=("exact", "stretch"),
+        affects_result=False,
+    )
     learning_rate: float = key(1e-4, "base learning rate", above=0.0)
     reference_batch_size: int = key(
         0, "batch size the learning rate is quoted for (linear scaling); 0 = no scaling", low=0
@@ -332,7 +363,9 @@ class TrainingConfig:
     train_temperature: float = key(1.0, "weight of the repulsion term of the energy score (tau_train)", above=0.0)
     final_phase_train_temperature: float = key(0.99, "tau_train of the last phase", above=0.0)
     ema_decay: float = key(0.9999, "decay of the averaged weights", low=0.0, below=1.0)
-    compute_dtype: str = key("bfloat16", "dtype of matmuls; parameters stay float32", choices=("float32", "bfloat16"))
+    compute_dtype: str = key(
+        "bfloat16", "dtype of matmuls; parameters stay float32", choices=("float32", "bfloat16"), read_by=USES
+    )
     max_nonfinite_in_a_row: int = key(10, "skipped updates in a row that stop the run", low=1, affects_result=False)
     log_every_steps: int = key(50, "steps between log lines", low=1, affects_result=False)
     grid_every_steps: int = key(0, "steps between picture grids; 0 = only at the end", low=0, affects_result=False)
@@ -344,10 +377,12 @@ class TrainingConfig:
 class SampleConfig:
     """What --task=sample draws."""
 
-    labels: tuple[int | str, ...] = key((), "class ids or names (star,ring); empty = every class in turn")
-    count: int = key(64, "images to draw; labels are repeated in order", low=1)
-    seed: int = key(0, "sample i depends on (seed, i) only", low=0)
-    batch_size: int = key(64, "images drawn at a time", low=1)
+    labels: tuple[int | str, ...] = key(
+        (), "class ids or names (star,ring); empty = every class in turn", read_by=("sample",)
+    )
+    count: int = key(64, "images to draw; labels are repeated in order", low=1, read_by=("sample",))
+    seed: int = key(0, "sample i depends on (seed, i) only", low=0, read_by=("sample", "evaluate"))
+    batch_size: int = key(64, "images drawn at a time", low=1, read_by=("sample", "evaluate"))
     coarse_steps: int = key(0, "passes for the coarse level; 0 = as in generator.coarse.steps", low=0)
     fine_steps: int = key(0, "passes for the fine level; 0 = as in generator.fine.steps", low=0)
     guidance_scale: float = key(1.0, "1 = off; h = s * conditional + (1 - s) * unconditional", low=0.0)
@@ -358,7 +393,7 @@ class SampleConfig:
     top_p: float = key(
         0.0, "next_scale: draw among the most likely codes that hold this probability; 0 = all", low=0.0, high=1.0
     )
-    format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"))
+    format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"), read_by=("sample",))
 
 
 SAMPLE_METRICS = (
@@ -392,8 +427,10 @@ class EvaluateConfig:
     reconstructions: int = key(1_000, "held-out images reconstructed", low=1)
     batch_size: int = key(128, "images that the feature network sees at a time", low=1)
     knn_samples: int = key(10_000, "features kept for what compares neighbours or pairs", low=2)
-    every_steps: int = key(0, "steps between scores while the generator trains; 0 = none", low=0)
-    every_samples: int = key(500, "images drawn for each of those scores", low=2)
+    every_steps: int = key(
+        0, "steps between scores while the generator trains; 0 = none", low=0, read_by=(), is_asked=False
+    )
+    every_samples: int = key(500, "images drawn for each of those scores", low=2, read_by=(), is_asked=False)
     classifier_steps: int = key(400, "updates of the judging classifier", low=1)
     classifier_batch_size: int = key(128, "batch size of the judging classifier", low=1)
     classifier_channels: int = key(16, "base channels of the judging classifier", low=1)
@@ -483,19 +520,21 @@ class StudyConfig:
 class Config:
     """A recipe from data to evaluated images."""
 
-    name: str = key("lite_hybrid", "name of the recipe, used in run folders and cards")
-    seed: int = key(0, "seed of everything random", low=0)
-    data: DataConfig = group(DataConfig)
-    tokenizer: TokenizerConfig = group(TokenizerConfig)
-    tokenizer_training: TrainingConfig = group(TrainingConfig)
-    latents: LatentsConfig = group(LatentsConfig)
-    generator: GeneratorConfig = group(GeneratorConfig)
-    generator_training: TrainingConfig = group(TrainingConfig)
-    sample: SampleConfig = group(SampleConfig)
-    evaluate: EvaluateConfig = group(EvaluateConfig)
-    stats: StatsConfig = group(StatsConfig)
-    run: RunConfig = group(RunConfig)
-    mesh: MeshConfig = group(MeshConfig)
-    bench: BenchConfig = group(BenchConfig)
-    convert: ConvertConfig = group(ConvertConfig)
-    study: StudyConfig = group(StudyConfig)
+    name: str = key("lite_hybrid", "name of the recipe, used in run folders and cards", read_by=(), is_asked=False)
+    seed: int = key(0, "seed of everything random", low=0, read_by=("evaluate",), is_asked=False)
+    data: DataConfig = group(DataConfig, read_by=("evaluate",), is_asked=False)
+    tokenizer: TokenizerConfig = group(TokenizerConfig, read_by=(), is_asked=False)
+    tokenizer_training: TrainingConfig = group(TrainingConfig, read_by=(), is_asked=False)
+    latents: LatentsConfig = group(LatentsConfig, read_by=(), is_asked=False)
+    generator: GeneratorConfig = group(GeneratorConfig, read_by=(), is_asked=False)
+    generator_training: TrainingConfig = group(TrainingConfig, read_by=(), is_asked=False)
+    sample: SampleConfig = group(SampleConfig, read_by=USES, is_asked=True)
+    evaluate: EvaluateConfig = group(EvaluateConfig, read_by=("evaluate",), is_asked=True)
+    stats: StatsConfig = group(StatsConfig, read_by=("evaluate",), is_asked=True)
+    run: RunConfig = group(RunConfig, read_by=USES, is_asked=True)
+    mesh: MeshConfig = group(MeshConfig, read_by=("evaluate",), is_asked=False)
+    bench: BenchConfig = group(BenchConfig, read_by=("bench",), is_asked=True)
+    convert: ConvertConfig = group(ConvertConfig, read_by=(), is_asked=True)
+    study: StudyConfig = group(StudyConfig, read_by=(), is_asked=True)
+    once: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    """No key: what was given for this call alone, by path, with the value that the run keeps."""

@@ -28,7 +28,7 @@ class Leaf:
 @functools.cache
 def leaves() -> Mapping[str, Leaf]:
     """Return every key of the schema by dotted path, in the order of declaration."""
-    return {leaf.path: leaf for leaf in _walk(Config(), "")}
+    return {leaf.path: leaf for leaf in _walk(Config(), "", {})}
 
 
 @functools.cache
@@ -48,15 +48,16 @@ def unflatten(values: Mapping[str, Any]) -> Config:
     return _rebuild(Config(), values, "")
 
 
-def _walk(node: Any, prefix: str) -> list[Leaf]:
+def _walk(node: Any, prefix: str, said: Mapping[str, Any]) -> list[Leaf]:
     kinds = typing.get_type_hints(type(node))
     found = []
     for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
+        value, told = getattr(node, field.name), {name: it for name, it in field.metadata.items() if it is not None}
         if dataclasses.is_dataclass(value):
-            found += _walk(value, f"{prefix}{field.name}.")
-        else:
-            found.append(Leaf(prefix + field.name, kinds[field.name], value, field.metadata))
+            found += _walk(value, f"{prefix}{field.name}.", {**said, **told})
+        elif field.metadata:
+            metadata = {**field.metadata, **said, **told}
+            found.append(Leaf(prefix + field.name, kinds[field.name], value, metadata))
     return found
 
 

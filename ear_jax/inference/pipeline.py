@@ -14,7 +14,7 @@ from PIL import Image
 from rich.progress import track
 
 from ear_jax import build
-from ear_jax.config import Config, from_dict, kinds
+from ear_jax.config import Config, from_dict, kinds, uses
 from ear_jax.config.read import to_dict
 from ear_jax.config.suggest import class_label_faults
 from ear_jax.errors import ConfigError
@@ -34,10 +34,14 @@ Labels = Label | Sequence[Label] | np.ndarray | jax.Array
 Images = np.ndarray | jax.Array | Image.Image | Sequence[Image.Image] | Sequence[np.ndarray]
 
 
-def load(path: str | os.PathLike[str], *, devices: Sequence[Any] | None = None) -> "Pipeline":
-    """Load a model folder; `ear_jax.load` describes it."""
+def load(
+    path: str | os.PathLike[str], *, devices: Sequence[Any] | None = None, drawn_as: Config | None = None
+) -> "Pipeline":
+    """Load a model folder; `ear_jax.load` describes it. Where `drawn_as` is given, it draws as that says."""
     folder = model_folder.read(path)
-    pipeline = Pipeline(from_dict(folder.config_dict), folder.class_names, folder.tensors, devices=devices)
+    own = from_dict(folder.config_dict)
+    config = own if drawn_as is None else uses.drawn_as(own, drawn_as)
+    pipeline = Pipeline(config, folder.class_names, folder.tensors, devices=devices)
     pipeline.path = folder.path
     return pipeline
 

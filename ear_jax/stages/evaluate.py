@@ -10,6 +10,7 @@ import numpy as np
 
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
+from ear_jax.config.uses import drawing
 from ear_jax.data.image_sets import open_image_set
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import Renumbered, SplitSource, Subset, in_order
@@ -73,7 +74,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
         session.say(f"evaluation  complete in {workdir.evaluation}")
         report(session, json.loads(workdir.evaluation.read_text()))
         return
-    loaded = pipeline.load(chosen)
+    loaded = pipeline.load(chosen, drawn_as=config)
     train = in_order(open_split(config.data, "train", seed=config.seed), loaded.class_names)
     held_out = in_order(open_split(config.data, "eval", seed=config.seed), loaded.class_names)
     if isinstance(train, Renumbered):
@@ -115,6 +116,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
             "weights": "moving average",
             **sampling_of(config).record(),
             "seed": config.sample.seed,
+            "drawing": drawing(config),
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "scores": scores.protocol,
@@ -256,4 +258,4 @@ def _dependencies(config: Config) -> tuple[Any, ...]:
     files = [Path(path) for path in (settings.reference, settings.inception_weights, settings.lpips_weights) if path]
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     groups = (config.sample, settings, config.stats)
-    return chosen_network(config), stamps, *(dataclasses.astuple(group) for group in groups)
+    return chosen_network(config), stamps, *drawing(config).values(), *(dataclasses.astuple(group) for group in groups)

@@ -15,8 +15,9 @@ from ear_jax.files import read_json
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.workdir import COMPLETE
 from ear_jax.inference.pipeline import Pipeline
-from ear_jax.nn.functional import Arrays
+from ear_jax.nn.functional import Arrays, signature
 from ear_jax.stages.session import Session
+from ear_jax.stages.starting import Start
 from ear_jax.training.loop import ScoreHook, StageRun, train
 from ear_jax.training.step import TrainState
 
@@ -29,8 +30,8 @@ def train_generator(session: Session) -> None:
     if session.is_complete("generator"):
         _check_tokens(session)
         session.say(f"generator   complete in {workdir.model('generator')}")
+        session.record_config()
         return
-    session.begin("generator")
     tokenizer = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
     source = LatentsSource(_latents_path(session))
     spec = build.abstract_tokenizer(config).spec
@@ -58,6 +59,12 @@ def train_generator(session: Session) -> None:
     abstract = build.abstract_generator(config, spec, classes)
     frozen = {name: array for name, array in tokenizer.items() if name.startswith(abstract.frozen)}
 
+    start = None
+    if config.generator.start_from and not session.has_begun("generator"):
+        expected = {name: it for name, it in signature(abstract).items() if name not in frozen}
+        start = Start.read("generator", config.generator.start_from, expected, source.class_names, tokenizer)
+    session.begin("generator", len(source))
+
     def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
         return parameters, {**rest, **frozen}
 
@@ -71,7 +78,10 @@ def train_generator(session: Session) -> None:
         overwrite=take_over,
         score=_scores(session, pipeline) if config.evaluate.every_steps else None,
         score_every_steps=config.evaluate.every_steps,
+        initial=None if start is None else start.taken,
     )
+    if start is not None:
+        start.record(session)
     try:
         _, state = train(stage)
     finally:

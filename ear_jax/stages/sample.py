@@ -34,7 +34,7 @@ def sample(config: Config, model: str, folder: Path) -> Path:
         ConfigError: the model cannot sample these labels, or another process is drawing this set.
         StorageError: the folder cannot be written.
     """
-    loaded = pipeline.load(model)
+    loaded = pipeline.load(model, drawn_as=config)
     settings = config.sample
     if doubt := doubtful_ids(settings.labels, loaded.class_names):
         raise ConfigError(f"config.sample.labels: {doubt}")

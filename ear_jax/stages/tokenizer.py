@@ -22,6 +22,7 @@ from ear_jax.nn.functional import Arrays, Functional, functional, merged_arrays,
 from ear_jax.nn.resize import to_signed
 from ear_jax.stages.data_record import check_enough
 from ear_jax.stages.session import Session
+from ear_jax.stages.starting import Start
 from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Tokens
@@ -29,6 +30,9 @@ from ear_jax.types import Tokens
 GRID_IMAGES = 12
 ROWS = {"original": "original", "full": "from all tokens", "coarse": "from coarse tokens alone"}
 STATISTICS_IMAGES = 10_000
+PREFIX = "tokenizer/"
+"""Of the tokenizer's arrays in the module that is trained."""
+
 SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
 
 
@@ -37,15 +41,20 @@ def train_tokenizer(session: Session) -> None:
     config, workdir = session.config, session.workdir
     if session.is_complete("tokenizer"):
         session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
+        session.record_config()
         return
-    session.begin("tokenizer")
     if config.tokenizer.source:
         adopt_tokenizer(session)
         return
     source = open_split(config.data, "train", seed=config.seed)
     held_out = open_split(config.data, "eval", seed=config.seed)
     _tell(session, source, held_out)
-    static, _, _ = functional(build.abstract_tokenizer(config))
+    abstract = build.abstract_tokenizer(config)
+    static, _, _ = functional(abstract)
+    start = None
+    if config.tokenizer.start_from and not session.has_begun("tokenizer"):
+        start = Start.read("tokenizer", config.tokenizer.start_from, signature(abstract), class_names=())
+    session.begin("tokenizer", len(source))
     pictured = next(eval_batches(held_out, GRID_IMAGES))
     reconstruct = jax.jit(lambda arrays, images: _reconstructions(static, arrays, images))
 
@@ -61,6 +70,9 @@ def train_tokenizer(session: Session) -> None:
 
     create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
     stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid)
+    if start is not None:
+        stage.initial = {f"{PREFIX}{name}": array for name, array in start.taken.items()}
+        start.record(session)
     try:
         _, state = train(stage)
     finally:
@@ -102,6 +114,7 @@ def adopt_tokenizer(session: Session) -> None:
     source = open_split(config.data, "train", seed=config.seed)
     held_out = open_split(config.data, "eval", seed=config.seed)
     _tell(session, source, held_out)
+    session.begin("tokenizer", len(source))
     if session.is_first:
         model_folder.write(
             workdir.model("tokenizer"),
@@ -182,7 +195,6 @@ def _reconstructions(static: Functional, arrays: Arrays, images: jax.Array) -> M
 
 
 def _tokenizer_arrays(state: TrainState) -> Arrays:
-    prefix = "tokenizer/"
     merged = {**state["ema"], **state["rest"]}
-    mine = to_host({name: leaf for name, leaf in merged.items() if name.startswith(prefix)})
-    return {name.removeprefix(prefix): jnp.asarray(leaf) for name, leaf in mine.items()}
+    mine = to_host({name: leaf for name, leaf in merged.items() if name.startswith(PREFIX)})
+    return {name.removeprefix(PREFIX): jnp.asarray(leaf) for name, leaf in mine.items()}

@@ -20,6 +20,9 @@ TASKS = {
 }
 """Name on the command line -> module:function."""
 
+TRAINING = ("run", "prepare", "tokenizer", "latents", "generator", "convert", "study")
+"""Those that make a run what it is; whatever is given to the others is of that call alone."""
+
 SUMMARIES = {
     "run": "all stages in order, each skipped when its result is complete (the default)",
     "prepare": "download and convert a tfds:NAME data set (needs the tf extra)",

@@ -35,7 +35,7 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     if config.bench.what == "compile":
         compile_programs(config)
         return
-    loaded = pipeline.load(model or workdir)
+    loaded = pipeline.load(model or workdir, drawn_as=config)
     settings, count, sampling = config.bench, config.bench.batch_size, sampling_of(config)
     made = PipelineStages(loaded, sampling)
     side = loaded.spec.image_px

@@ -23,6 +23,7 @@ def run_latents(config: Config, workdir: str, *, model: str | None = None) -> No
     """Encode the training images."""
     with open_session(config, workdir) as session:
         cache_latents(session)
+        session.record_config()
 
 
 def run_generator(config: Config, workdir: str, *, model: str | None = None) -> None:

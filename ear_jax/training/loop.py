@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,11 @@ LONG_SECTION_S = 3600.0
 
 @dataclasses.dataclass
 class StageRun:
-    """Everything the loop needs to run one stage; `shown` names the metrics printed at every log interval, in order."""
+    """Everything the loop needs to run one stage.
+
+    `shown` names the metrics printed at every log interval, in order. `initial` holds arrays by name that a run without
+    a checkpoint starts with.
+    """
 
     stage: str
     config_name: str
@@ -57,6 +61,7 @@ class StageRun:
     shown: tuple[str, ...] = ("loss",)
     group: Callable[[str], Group] = usual_group
     overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None
+    initial: Mapping[str, np.ndarray] | None = None
     grid: GridHook | None = None
     score: ScoreHook | None = None
     score_every_steps: int = 0
@@ -170,12 +175,24 @@ def _start_state(run: StageRun, plan: StatePlan, store: CheckpointStore) -> tupl
             print(f"[{run.stage}] {note}", flush=True)
         # A run that ended before its first checkpoint, or whose folder was deleted, left updates that no longer count.
         run.ledger.resume(run.stage, 0)
-        return plan.create(), 0, "no checkpoint, starting at step 0"
+        return _started_from(plan, run.initial or {}), 0, "no checkpoint, starting at step 0"
     for note in restored.notes:
         print(f"[{run.stage}] {note}", flush=True)
     run.loader.set_state(restored.host["loader"])
     run.ledger.resume(run.stage, restored.step, notes=list(restored.notes))
     return restored.state, restored.step, f"going on from the checkpoint of step {restored.step}"
+
+
+def _started_from(plan: StatePlan, initial: Mapping[str, np.ndarray]) -> TrainState:
+    """Return the state at step 0 with some arrays given; each is placed twice, as parameter and as average."""
+    state = plan.create()
+    parts: dict[str, Arrays] = {part: state[part] for part in ("params", "ema", "rest")}
+    for part, arrays in parts.items():
+        layout = plan.shardings[part]
+        for name in initial.keys() & arrays.keys():
+            # Not the host's memory: the first update gives these buffers away.
+            arrays[name] = jax.device_put(np.asarray(initial[name]), layout[name], may_alias=False)
+    return state
 
 
 def _compile(

@@ -17,7 +17,7 @@ from PIL import Image
 
 import ear_jax
 from ear_jax import main
-from ear_jax.config import read
+from ear_jax.config import kinds, read
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
@@ -420,10 +420,36 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
         yield labels, np.zeros((len(labels), PX, PX, 3), np.uint8)
 
     monkeypatch.setattr(Pipeline, "sample_batches", sample_batches)
+    reads_all = dataclasses.replace(kinds.KINDS["masked"], options=("sample.top_k", "sample.top_p"))
+    monkeypatch.setitem(kinds.KINDS, "masked", reads_all)  # the only kind that reads them needs another model
     steps = ["--config.sample.coarse_steps=3", "--config.sample.fine_steps=2"]
     rest = [f"--config.sample.{name}={value}" for name, value in options.items() if name != "steps"]
     assert main.main(["--task=sample", f"--model={model.path}", f"--workdir={tmp_path}", *steps, *rest]) == 0
     assert seen == [wanted]
+
+
+def test_keys_of_the_weights_are_refused_and_those_of_drawing_change_the_model_that_draws(
+    folder, tmp_path, capsys, monkeypatch
+):
+    own = f"--model={folder}"
+    for key, why in (
+        ("generator.backbone.width=32", "belongs to the weights, which were made with 16"),
+        ("generator_training.log_every_steps=1", "says how training runs, and --task=sample trains nothing"),
+        ("evaluate.samples=9", "--task=sample does not read it, --task=evaluate does"),
+        ("sample.top_k=3", "has no effect on this model: only next_scale reads it, this is masked"),
+    ):
+        assert main.main(["--task=sample", own, f"--config.{key}"]) == 64
+        assert f"{why}" in capsys.readouterr().err
+    drawn = []
+
+    def sample_batches(self: Pipeline, labels: np.ndarray, **_: Any) -> Any:
+        drawn.append(self.config)
+        yield labels, np.zeros((len(labels), PX, PX, 3), np.uint8)
+
+    monkeypatch.setattr(Pipeline, "sample_batches", sample_batches)
+    same, other = "--config.generator.backbone.width=16", "--config.generator_training.compute_dtype=bfloat16"
+    assert main.main(["--task=sample", own, f"--workdir={tmp_path}", same, other]) == 0, capsys.readouterr().err
+    assert drawn[0].generator_training.compute_dtype == "bfloat16"
 
 
 def test_a_label_that_the_model_lacks_ends_the_sample_task(folder, tmp_path, capsys):

@@ -37,7 +37,7 @@ def recipes() -> list[str]:
     for file in sorted((REPOSITORY / "configs").glob("[a-z]*.py")):
         variants = re.search(r"VARIANTS = (.*)", file.read_text("utf-8"))
         assert variants, f"{file} lists no variants"
-        if file.name == "convert.py":  # the other recipes again, without sizes of their own
+        if file.name in ("convert.py", "finetune.py"):  # the other recipes again, without sizes of their own
             continue
         found += [f"configs/{file.name}:{name}" for name in read._execute(file).VARIANTS]
     return found

@@ -1,0 +1,67 @@
+"""What a call may ask of a finished model: keys of drawing are applied, the others are refused with the reason."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ear_jax.config.kinds import KINDS, kind_of, levels
+from ear_jax.config.schema import USES, Config
+from ear_jax.config.values import flatten, leaves, unflatten
+
+
+def drawing(config: Config) -> dict[str, Any]:
+    """Return by path what says how a finished model computes and draws, `config.sample` apart."""
+    named = flatten(config)
+    return {
+        path: named[path]
+        for path, leaf in leaves().items()
+        if not leaf.metadata["is_asked"] and set(USES) <= set(leaf.metadata["read_by"])
+    }
+
+
+def drawn_as(model: Config, config: Config) -> Config:
+    """Return the configuration of a finished model that draws as `config` says."""
+    return unflatten({**flatten(model), **drawing(config)})
+
+
+def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> Iterator[str]:
+    """Yield why keys of `config` cannot be given to `task` for a finished model; what it has already is no question."""
+    wanted, own, useless = flatten(config), flatten(model), _without_effect(model)
+    for path in paths:
+        if wanted[path] == own[path]:
+            continue
+        metadata, start = leaves()[path].metadata, f"config.{path}={wanted[path]!r}: "
+        if path in useless:
+            yield f"{start}has no effect on this model: {useless[path]}. Leave it out."
+        elif task not in metadata["read_by"]:
+            readers = [name for name in USES if name in metadata["read_by"]]
+            if readers or metadata["is_asked"]:
+                others = " or ".join(f"--task={name}" for name in readers) or "another task"
+                yield f"{start}--task={task} does not read it, {others} does. Leave it out."
+            elif metadata["affects_result"]:
+                yield (
+                    f"{start}belongs to the weights, which were made with {own[path]!r}; --task={task} cannot change "
+                    "it. Leave it out, or train another model with it in another --workdir."
+                )
+            else:
+                yield f"{start}says how training runs, and --task={task} trains nothing. Leave it out."
+
+
+def _without_effect(model: Config) -> dict[str, str]:
+    """Return the keys of drawing that this model never reads, with the reason."""
+    name, kind, drawn = model.generator.backbone.name, kind_of(model), {level.kind for level in levels(model)}
+    found = {
+        path: f"only {' or '.join(other for other in KINDS if path in KINDS[other].options)} reads it, this is {name}"
+        for path in {path for other in KINDS.values() for path in other.options}
+        if path not in kind.options
+    }
+    if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):
+        found["generator.diffusion.sample_steps"] = "only a diffusion head reads it"
+    for what, steps, temperature in (
+        ("discrete", ("generator.coarse.steps", "sample.coarse_steps"), "sample.coarse_temperature"),
+        ("continuous", ("generator.fine.steps", "sample.fine_steps"), "sample.temperature"),
+    ):
+        if what not in drawn:
+            found |= dict.fromkeys((*steps, temperature), f"it draws no {what} level")
+        elif max(kind.most_steps(model, level) for level in levels(model) if level.kind == what) == 1:
+            found |= dict.fromkeys(steps, "each of its levels takes one pass")
+    return found

@@ -1,0 +1,209 @@
+"""A finished run that is trained longer, and a run that starts from another model's weights."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny import SMALLEST, SMALLEST_ARGUMENTS, Programs, one_device_mesh, quick_compilation, random_model, updates
+
+from ear_jax.config import derive, read
+from ear_jax.config.schema import TrainingConfig
+from ear_jax.errors import ConfigError, NonFiniteError
+from ear_jax.main import main
+from ear_jax.stages import session, tokenizer
+from ear_jax.tasks import stages
+from ear_jax.training import ledger, optim
+
+RECIPE = (
+    f"--config={tiny.__file__}",
+    "--task=tokenizer",
+    "--config.tokenizer.name=lite_vae",
+    *SMALLEST_ARGUMENTS,
+    "--config.tokenizer_training.final_phase_steps=0",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_device(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "make_mesh", one_device_mesh)
+    monkeypatch.chdir(repository)
+
+
+@pytest.fixture
+def programs() -> Iterator[None]:
+    """Compile a training with a constant schedule once: its program does not know how long the run is."""
+    with Programs().shared():
+        yield
+
+
+def train(folder: Path, steps: int, *arguments: str) -> int:
+    """Train the tokenizer and leave out what comes after the last update."""
+    with mock.patch.object(tokenizer, "with_statistics", side_effect=NonFiniteError("trained")):
+        return main([*RECIPE, f"--config.tokenizer_training.steps={steps}", f"--workdir={folder}", *arguments])
+
+
+def sealed(folder: Path, step: int) -> bytes:
+    """Return the digests of every array of a checkpoint."""
+    return (folder / "tokenizer" / "checkpoints" / str(step) / "digests" / "metadata").read_bytes()
+
+
+def test_more_steps_are_bit_for_bit_the_run_that_was_longer_from_the_start(programs, tmp_path, capsys):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert train(once, 9) == 76
+    assert train(twice, 6) == 76
+    (twice / "tokenizer/complete.json").write_text("{}")  # as if what comes after the last update were there too
+    assert train(twice, 6) == 0
+    capsys.readouterr()
+    assert train(twice, 9, "--config.sample.count=9") == 76
+    said = capsys.readouterr().out
+    assert "goes on from 6 updates to 9: exactly what the longer run would have been" in said
+    assert not (twice / "tokenizer/complete.json").exists(), "the old result is not the result of these settings"
+    assert updates(once) == updates(twice) and len(updates(once)) == 9
+    assert sealed(once, 9) == sealed(twice, 9)
+    assert [row["how"] for row in ledger.read(twice / "ledger.jsonl") if row["event"] == "longer"] == ["exact"]
+    assert json.loads((twice / "config.json").read_text())["sample"]["count"] == 4, "of that call alone"
+
+    refused = ["--config.tokenizer_training.schedule=cosine", "--config.tokenizer_training.steps=12"]
+    assert main([*RECIPE, *refused, f"--workdir={twice}"]) == 64, "another schedule is another run"
+    assert train(twice, 8) == 64
+    assert "asks for 8 updates, but this stage was begun for 9" in capsys.readouterr().err
+
+
+def test_nothing_is_recorded_before_the_data_and_the_models_are_there(tmp_path, capsys):
+    for number, wrong in enumerate(
+        ("data.source=folder:/no/such/folder", "tokenizer.start_from=/no/such/model", "tokenizer.source=/no/such/model")
+    ):
+        folder = tmp_path / str(number)
+        assert main([*RECIPE, f"--config.{wrong}", f"--workdir={folder}"]) in (64, 65)
+        assert "/no/such/" in capsys.readouterr().err
+        assert not list(folder.rglob("made_from.json")) and not (folder / "config.json").exists()
+
+
+def test_a_call_that_only_asks_leaves_the_config_of_the_run_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(read.to_dict(tiny.CONFIG)))
+    before, asked = (tmp_path / "config.json").read_bytes(), []
+    for name in ("evaluate_images", "make_stats"):
+        monkeypatch.setattr(stages, name, lambda opened: asked.append(opened.config))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["--task=evaluate", "--config.evaluate.images=x", "--config.data.eval_images=9"],
+        ["--task=stats", "--config.stats.images=8", "--config.data.image_px=16"],
+    ):
+        assert main([*arguments, f"--workdir={tmp_path}"]) == 0
+    assert (asked[0].evaluate.images, asked[1].stats.images) == ("x", 8)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def photographs(folder: Path) -> Path:
+    """Write three classes of noise, in two shades."""
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog", "fish"):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            picture = random.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(picture).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_not_read_it_again(tmp_path, capsys):
+    model = random_model(tmp_path / "model", tiny.tiny_config(**SMALLEST), ("circle", "square", "triangle", "star"))
+    run = tmp_path / "run"
+    recipe = [
+        f"--config={tiny.__file__}",
+        *SMALLEST_ARGUMENTS,
+        f"--config.data.source=folder:{photographs(tmp_path / 'photographs')}",
+        f"--config.tokenizer.source={model}",
+        f"--config.generator.start_from={model}",
+        "--config.generator_training.steps=2",
+        "--config.generator_training.learning_rate=1e-6",
+        "--config.generator_training.final_phase_steps=0",
+        "--config.data.eval_fraction=0.3",
+        f"--workdir={run}",
+    ]
+    with quick_compilation():
+        for task in ("tokenizer", "latents", "generator"):
+            assert main([*recipe, f"--task={task}"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert (
+        f"taken from {model}" in said
+        and "4 there (circle, square, triangle, star …) and 3 here (cat, dog, fish" in said
+    )
+    record = json.loads((run / "generator/start_from.json").read_text())
+    assert record["new"] and all("class" in name for name in record["new"]), record["new"]
+    assert record["path"] == str(model) and not record["left"]
+    before, after = (load_file(path / "generator.safetensors") for path in (model, run / "generator/model"))
+    for name in record["taken"]:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-4, err_msg=name)
+    for name in record["new"]:
+        assert after[name].shape != before[name].shape
+    assert [row["event"] for row in ledger.read(run / "ledger.jsonl")].count("start_from") == 1
+
+    shutil.rmtree(model)
+    (run / "generator/complete.json").unlink()
+    with quick_compilation():
+        assert main([*recipe, "--task=generator"]) == 0, capsys.readouterr().err
+
+
+def test_a_model_of_which_nothing_fits_is_refused():
+    from ear_jax.stages.starting import Start
+
+    with pytest.raises(ConfigError, match=r"start_from=/no/such: .* does not exist"):
+        Start.read("generator", "/no/such", {})
+
+
+def test_fine_tuning_recipes_are_short_and_can_be_made_longer() -> None:
+    for variant in ("lite_hybrid_demo", "lite_hybrid_cifar10", "ear_b", "mar_b", "var_d16", "dit_xl2"):
+        config = read.resolve(read.load(f"configs/finetune.py:{variant}")[0])
+        training = config.generator_training
+        longer = dataclasses.replace(training, steps=3_000)
+        assert session.longer_training("generator", training, longer, 1_000)[:2] == (2_000, 3_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(), None),
+        (dict(warmup_steps=4), None),
+        (dict(schedule="cosine"), "schedule=cosine spans the whole run"),
+        (dict(schedule="linear"), "schedule=linear spans the whole run"),
+        (dict(warmup_steps=20), "the warm-up was 10 updates, and would have been 15"),
+        (dict(final_phase_steps=2), "the last phase of 2 updates began at 8"),
+        (dict(final_weight_decay=0.1), "final_weight_decay"),
+    ],
+)
+def test_a_longer_run_goes_on_exactly_or_says_why_not(changes: dict[str, Any], why: str | None) -> None:
+    old = TrainingConfig(batch_size=4, steps=10, **changes)
+    new = dataclasses.replace(old, steps=15)
+    recipes = [optim.resolve(training, derive.stage_lengths(training, 40)) for training in (old, new)]
+
+    def rate(recipe: optim.Recipe, step: jax.Array) -> jax.Array:
+        return optim.learning_rate(recipe)(step)
+
+    schedules = [
+        [
+            [float(part(recipe, jnp.asarray(step))) for part in (rate, optim.weight_decay, optim.train_temperature)]
+            for step in range(10)
+        ]
+        for recipe in recipes
+    ]
+    assert (schedules[0] == schedules[1]) == (why is None)
+    if why is None:
+        assert "exactly" in session.longer_training("generator", old, new, 40)[2]
+    else:
+        with pytest.raises(ConfigError, match=why):
+            session.longer_training("generator", old, new, 40)
+        stretched = dataclasses.replace(new, longer="stretch")
+        assert "stretched" in session.longer_training("generator", old, stretched, 40)[2]
+    with pytest.raises(ConfigError, match="as many or more"):
+        session.longer_training("generator", new, old, 40)

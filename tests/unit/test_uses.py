@@ -1,0 +1,87 @@
+"""What a call may ask of a finished model: every key of the schema is applied, or refused with the reason."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from integration.tiny import tiny_config
+
+from ear_jax import build
+from ear_jax.config import kinds, read, uses
+from ear_jax.config.schema import USES, Config
+from ear_jax.config.values import Leaf, flatten, leaves, unflatten
+from ear_jax.nn.functional import functional
+from ear_jax.stages.session import inputs
+
+
+def test_every_key_says_who_reads_it_of_a_finished_model_and_whether_it_is_of_one_call() -> None:
+    for path, leaf in leaves().items():
+        assert set(leaf.metadata["read_by"]) <= set(USES), path
+        assert leaf.metadata["is_asked"] in (True, False), path
+        assert not (leaf.metadata["is_asked"] and path in inputs(Config(), "generator")), path
+
+
+STEPS = {"tokenizer_training": {"steps": 9}, "generator_training": {"steps": 9}}
+
+
+def _another(leaf: Leaf) -> Any:
+    choices = [choice for choice in leaf.metadata["choices"] if choice != leaf.default]
+    if choices:
+        return choices[0]
+    if isinstance(leaf.default, bool):
+        return not leaf.default
+    if isinstance(leaf.default, str):
+        return "another"
+    if isinstance(leaf.default, tuple):
+        return (*leaf.default, "another" if "str" in str(leaf.kind) else 1)
+    return leaf.default + 3
+
+
+def _asked(config: Config) -> Any:
+    """Return what `--task=sample` reads of a configuration itself: the sampling, what is drawn and how it runs."""
+    own = config.sample
+    what = own.labels, own.count, own.seed, own.batch_size, own.format, config.run
+    return kinds.sampling_of(config).record(), what
+
+
+def _modules(model: Config, config: Config) -> Any:
+    """Return what draws, without its weights."""
+    drawn = uses.drawn_as(model, config)
+    tokenizer = build.abstract_tokenizer(drawn)
+    generator = build.abstract_generator(drawn, tokenizer.spec, 4)
+    return functional(tokenizer)[0].graphdef, functional(generator)[0].graphdef
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(tokenizer__name="kl_vae", generator__backbone__name="mar", generator__continuous_head="diffusion"),
+        dict(tokenizer__name="vqvae", generator__backbone__name="next_scale"),
+        dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__diffusion__guided_channels=1),
+    ],
+    ids=["masked", "mar", "next_scale", "dit"],
+)
+def test_every_key_given_to_a_finished_model_is_applied_or_refused_with_a_reason(changes: dict[str, Any]) -> None:
+    model = tiny_config(**changes)
+    values, modules, applied = flatten(model), _modules(model, model), []
+    for path, leaf in leaves().items():
+        value = _another(dataclasses.replace(leaf, default=values[path]))
+        config = unflatten({**values, path: value})
+        said = list(uses.refusals("sample", [path], config, model))
+        if said:
+            assert said[0].startswith(f"config.{path}={value!r}: ") and said[0].endswith("."), said
+        else:
+            is_seen = _asked(config) != _asked(model) or _modules(model, config) != modules
+            assert is_seen, f"{path} is ignored"
+            applied.append(path)
+    assert {"sample.guidance_scale", "sample.seed", "generator_training.compute_dtype"} <= set(applied)
+    own = {"mar": "sample_steps", "dit": "sampler"}.get(model.generator.backbone.name)
+    assert own is None or f"generator.diffusion.{own}" in applied
+
+
+def test_what_one_call_asks_for_is_not_kept() -> None:
+    overrides = [("sample.count", "3"), ("data.image_px", "64")]
+    config = read.resolve({"sample": {"count": 5}, **STEPS}, overrides, is_once=lambda path: path.startswith("sample."))
+    kept = read.to_dict(config)
+    assert (config.sample.count, kept["sample"]["count"], kept["data"]["image_px"]) == (3, 5, 64)
