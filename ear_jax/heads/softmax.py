@@ -55,5 +55,5 @@ class SoftmaxHead(nnx.Module):
         self, prediction: Float[Array, "B N V"], keys_B: jax.Array, temperature: Float[Array, ""] | float
     ) -> Int[Array, "B N"]:
         """Draw ids from logits; image b uses `keys_B[b]` alone, and temperature 0 takes the most likely code."""
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, prediction.shape[1:]))(keys_B)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, prediction.shape[1:], jnp.float32))(keys_B)
         return (prediction + temperature * noise).argmax(-1).astype(jnp.int32)
