@@ -39,6 +39,14 @@ def _general(config: Config) -> Iterator[Fault]:
             yield fault(f"config.{path}={seed} is out of range, expected less than 2**32.")
 
 
+    steps = config.run.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield fault(
+            f"config.run.profile_steps={steps} must be the first and the last step to trace, such as (10,12), counted "
+            "from 1; leave it empty for no trace."
+        )
+
+
 def _data(config: Config) -> Iterator[Fault]:
     data, shapes = config.data, config.data.shapes
     prefix, _, rest = data.source.partition(":")

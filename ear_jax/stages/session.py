@@ -25,6 +25,7 @@ from ear_jax.training.ledger import Ledger
 from ear_jax.training.loop import StageRun
 from ear_jax.training.optim import resolve
 from ear_jax.training.step import ModuleFactory
+from ear_jax.training.tracker import check_tracker, track
 
 STAGES = {
     "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training"),
@@ -42,6 +43,7 @@ class Session:
     workdir: Workdir
     ledger: Ledger
     mesh: Mesh
+    tracker: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -96,6 +98,8 @@ class Session:
             folder=self.workdir.stage(stage),
             ledger=self.ledger,
             tensorboard_folder=self.workdir.tensorboard,
+            profile_steps=config.run.profile_steps,
+            tracker=self.tracker,
             **options,
         )
 
@@ -149,6 +153,7 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
         ConfigError: another run holds the folder, the processes disagree, or the mesh does not fit.
         StorageError: the folder cannot be written.
     """
+    check_tracker(config.run.wandb_project)
     process.initialise()
     if jax.process_count() > 1:
         process.guard_exits()
@@ -165,4 +170,5 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
             write_json(workdir.config, read.to_dict(config))
         stack.enter_context(restartable())
         ledger = stack.enter_context(Ledger(workdir.root, workdir.run_id, enabled=is_first))
-        yield Session(config, workdir, ledger, mesh)
+        tracker = stack.enter_context(track(config.run.wandb_project, config, workdir.root)) if is_first else None
+        yield Session(config, workdir, ledger, mesh, tracker)

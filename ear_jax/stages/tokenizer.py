@@ -12,7 +12,7 @@ from ear_jax.config import read
 from ear_jax.config.schema import Config
 from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
-from ear_jax.data.sources import write_quarantine
+from ear_jax.data.sources import SplitSource, write_quarantine
 from ear_jax.distributed.process import to_host
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
@@ -27,6 +27,13 @@ from ear_jax.types import Tokens
 GRID_IMAGES = 12
 STATISTICS_IMAGES = 10_000
 SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
+
+
+def held_out_batch(session: Session, held_out: SplitSource, stage: str) -> dict[str, np.ndarray]:
+    """Return this process's share of one batch of held-out images; where they are few, the last one is repeated."""
+    size = getattr(session.config, f"{stage}_training").batch_size // jax.process_count()
+    own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return dict(next(eval_batches(held_out, size, **own)))
 
 
 def train_tokenizer(session: Session) -> None:
@@ -56,7 +63,7 @@ def train_tokenizer(session: Session) -> None:
         return {"reconstructions": picture}
 
     create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
-    stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid)
+    stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid, held_out=lambda: held_out_batch(session, held_out, "tokenizer"))
     try:
         _, state = train(stage)
     finally:
