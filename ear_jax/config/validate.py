@@ -38,7 +38,6 @@ def _general(config: Config) -> Iterator[Fault]:
         if seed >= 2**32:
             yield fault(f"config.{path}={seed} is out of range, expected less than 2**32.")
 
-
     steps = config.run.profile_steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         yield fault(

@@ -286,13 +286,19 @@ def _read_tensors(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray
         return _parsed(path, blob)
     marks = record.get("marks")
     same = sum(a == b for a, b in zip(marks or (), _marks(blob, record["bytes"]), strict=True)) if marks else 0
-    what = f"has {len(blob)} bytes, expected {record['bytes']}" if len(blob) != record["bytes"] else "has another SHA-256"
+    what = (
+        f"has {len(blob)} bytes, expected {record['bytes']}" if len(blob) != record["bytes"] else "has another SHA-256"
+    )
     if same < _MARKS // 2 and _is_sound(blob):
         # Damage leaves most of a file alone; weights of another training agree nowhere.
-        kind = "a tensor file of another model" if marks or len(blob) != record["bytes"] else "damaged or another model's"
+        kind = (
+            "a tensor file of another model" if marks or len(blob) != record["bytes"] else "damaged or another model's"
+        )
     else:
         kind = "cut short" if len(blob) < record["bytes"] else "damaged"
-    raise DataError(f"{path} is {kind} (it {what} than config.json records, SHA-256 {record['sha256'][:8]}…); {advice}.")
+    raise DataError(
+        f"{path} is {kind} (it {what} than config.json records, SHA-256 {record['sha256'][:8]}…); {advice}."
+    )
 
 
 def _bytes_of(path: Path, advice: str) -> bytes:

@@ -44,7 +44,9 @@ class SoftmaxHead(nnx.Module):
     ) -> tuple[Float[Array, ""], Metrics]:
         """Cross-entropy averaged over the masked tokens, with the accuracy there."""
         logits = self.predict(hidden)
-        smoothed = optax.smooth_labels(jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.float32), self.label_smoothing)
+        smoothed = optax.smooth_labels(
+            jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.float32), self.label_smoothing
+        )
         weight = mask.astype(jnp.float32)
         total = jnp.maximum(weight.sum(), 1.0)
         loss = (optax.softmax_cross_entropy(logits, smoothed) * weight).sum() / total

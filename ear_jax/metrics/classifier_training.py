@@ -124,7 +124,11 @@ def degrade(images: Images, rng: Key[Array, ""]) -> Images:
     for number, function in enumerate((blur, noise, block_noise)):
         on, size, draw = jax.random.split(jax.random.fold_in(rng, number), 3)
         count = images.shape[:1]
-        images = function(images, draw, jax.random.bernoulli(on, jnp.float32(0.5), count) * jax.random.uniform(size, count, jnp.float32))
+        images = function(
+            images,
+            draw,
+            jax.random.bernoulli(on, jnp.float32(0.5), count) * jax.random.uniform(size, count, jnp.float32),
+        )
     return jnp.clip(images, -1.0, 1.0)
 
 

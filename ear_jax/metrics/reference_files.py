@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ear_jax.errors import DataError, StorageError
-from ear_jax.files import SEAL, atomic_file, file_sha256, is_sound, sealed
+from ear_jax.files import atomic_file, file_sha256, is_sound, sealed
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.statistics import FeatureStatistics
 from ear_jax.weights.tensor_file import read_tensors

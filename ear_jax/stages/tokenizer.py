@@ -63,7 +63,14 @@ def train_tokenizer(session: Session) -> None:
         return {"reconstructions": picture}
 
     create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
-    stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid, held_out=lambda: held_out_batch(session, held_out, "tokenizer"))
+    stage = session.training(
+        "tokenizer",
+        source,
+        create,
+        shown=SHOWN,
+        grid=grid,
+        held_out=lambda: held_out_batch(session, held_out, "tokenizer"),
+    )
     try:
         _, state = train(stage)
     finally:

@@ -109,7 +109,9 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         run.facts["loader_images_per_s"] = rate
         began = time.monotonic()
         batch = next(run.loader)
-        tensorboard = stack.enter_context(TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first, tracker=run.tracker))
+        tensorboard = stack.enter_context(
+            TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first, tracker=run.tracker)
+        )
         tensorboard.text(start, f"{run.stage}/config", json.dumps(run.config_dict, indent=1))
         validate = _Validation(run, plan) if run.held_out is not None else None
         profile = stack.enter_context(_Profile(run.folder / "profile", run.profile_steps, start, total, run.stage))

@@ -17,8 +17,7 @@ def check_tracker(project: str) -> None:
     if project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"config.run.wandb_project={project!r} needs the package wandb, which is not installed. Install it "
-            "(pip install wandb, or the wandb extra), or leave the key empty: TensorBoard's files and ledger.jsonl hold "
-            "the same numbers."
+            "(the wandb extra), or leave the key empty: TensorBoard's files and ledger.jsonl hold the same numbers."
         )
 
 

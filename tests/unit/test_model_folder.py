@@ -173,7 +173,9 @@ def test_every_flipped_bit_of_config_json_is_refused_or_changes_nothing(tmp_path
 
 def test_files_of_a_model_are_told_apart_and_an_edit_is_sealed(tmp_path, capsys):
     folder = _write(tmp_path / "model")
-    others = {part: {name: np.asarray(-value - 1) for name, value in named.items()} for part, named in _tensors().items()}
+    others = {
+        part: {name: np.asarray(-value - 1) for name, value in named.items()} for part, named in _tensors().items()
+    }
     other = _write(tmp_path / "other", tensors=others, class_names=("x",))
     whole = (folder / "generator.safetensors").read_bytes()
     for blob, match in (
