@@ -335,7 +335,7 @@ def _marks(blob: bytes | memoryview, size: int) -> list[int]:
 
 def _marks_of(path: Path) -> list[int]:
     size = path.stat().st_size
-    return _marks(memoryview(np.memmap(path, np.uint8, "r")), size) if size else []
+    return _marks(np.memmap(path, np.uint8, "r").data, size) if size else []
 
 
 def _sha256(blob: bytes) -> str:

@@ -156,6 +156,7 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("it is a single array, not an .npz")
         wanted = ("mu", "sigma", "mu_s", "sigma_s", "N", "protocol")
         arrays = {name: file[name] for name in wanted if name in file.files}
+        assert file.zip is not None
         for member in file.zip.infolist():
             file.zip.open(member).close()  # refuses a name that differs between the directory and the member
         # Images may be many gigabytes; that they are there is all that matters.

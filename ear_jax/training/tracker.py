@@ -30,7 +30,7 @@ def track(project: str, config: Config, workdir: Path) -> Iterator[Any]:
     if not project:
         yield None
         return
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
     run = wandb.init(
         project=project,
