@@ -162,13 +162,14 @@ def _base_values(flags: Mapping[str, str]) -> tuple[Mapping[str, Any] | ConfigDi
         return load(flags["config"])
     if "model" in flags:
         # Reading only where the model is, not its weights, keeps this free of jax.
-        from ear_jax.folders.model_folder import find
+        from ear_jax.folders.model_folder import find, read_document
 
         folder = find(flags["model"])
+        document = read_document(folder, is_checked=flags.get("task") != "seal")
         words = [
             part for part in Path(flags["model"]).resolve().parts if part not in ("model", "generator", "tokenizer")
         ]
-        return _stored(folder / "config.json"), f"model_{words[-1] if words else 'root'}"
+        return document["config"], f"model_{words[-1] if words else 'root'}"
     if "workdir" in flags and (stored := Path(flags["workdir"]) / "config.json").is_file():
         return _stored(stored), Path(flags["workdir"]).name
     raise ConfigError(f"--config=RECIPE is missing. Try --config=lite_hybrid\n{listing()}")

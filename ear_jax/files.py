@@ -81,11 +81,27 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the JSON object in a file, or None when there is no file or no object in it; StorageError if forbidden."""
     try:
         value = json.loads(Path(path).read_bytes())
-    except (ValueError, FileNotFoundError, NotADirectoryError):
+    except (ValueError, RecursionError, FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise as_storage_error(error, f"reading {path}") or error from error
     return value if isinstance(value, dict) else None
+
+
+SEAL = "seal"
+"""The key under which a JSON document keeps the digest of all its other keys."""
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with the SHA-256 of its content as the last key, whatever seal it had."""
+    body = {name: value for name, value in document.items() if name != SEAL}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return {**body, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sound(document: Mapping[str, Any]) -> bool | None:
+    """Tell whether a document is what was sealed; None where it never was (release 0.1.0 sealed nothing)."""
+    return document[SEAL] == sealed(document)[SEAL] if SEAL in document else None
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

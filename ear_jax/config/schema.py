@@ -369,6 +369,9 @@ class TrainingConfig:
     max_nonfinite_in_a_row: int = key(10, "skipped updates in a row that stop the run", low=1, affects_result=False)
     log_every_steps: int = key(50, "steps between log lines", low=1, affects_result=False)
     grid_every_steps: int = key(0, "steps between picture grids; 0 = only at the end", low=0, affects_result=False)
+    validate_every_steps: int = key(
+        500, "steps between losses of one batch of held-out images; 0 = never", low=0, affects_result=False
+    )
     checkpoint_every_steps: int = key(1000, "steps between checkpoints", low=1, affects_result=False)
     keep_checkpoints: int = key(2, "checkpoints kept", low=1, affects_result=False)
 
@@ -461,6 +464,8 @@ class RunConfig:
     program_cache: str = key(
         "auto", "folder that keeps compiled programs for the next start: auto = in the user's cache folder | off | PATH"
     )
+    wandb_project: str = key("", "also log to this project of Weights & Biases (needs the wandb extra); empty = no")
+    profile_steps: tuple[int, ...] = key((), "first and last step of a profiler trace in STAGE/profile; empty = none")
 
 
 @dataclasses.dataclass(frozen=True)

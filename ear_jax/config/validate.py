@@ -43,6 +43,13 @@ def _general(config: Config) -> Iterator[Fault]:
         except ConfigError as error:
             yield fault(str(error))
 
+    steps = config.run.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield fault(
+            f"config.run.profile_steps={steps} must be the first and the last step to trace, such as (10,12), counted "
+            "from 1; leave it empty for no trace."
+        )
+
 
 def _data(config: Config) -> Iterator[Fault]:
     data, shapes = config.data, config.data.shapes

@@ -14,7 +14,7 @@ import numpy as np
 
 from ear_jax.data.sources import Rows
 from ear_jax.errors import DataError, StorageError
-from ear_jax.files import digest_of, read_json, write_json
+from ear_jax.files import SEAL, digest_of, is_sound, read_json, sealed, write_json
 from ear_jax.levels import LevelSpec
 
 _VERSION = 1
@@ -110,7 +110,7 @@ class LatentsWriter:
             progress = _read(self._root / f"shard-{shard:05d}" / _PROGRESS)
             if progress != {"rows": self.description.rows(shard), "identity": self._identity}:
                 raise DataError(f"shard {shard} of the latents cache {self._root} is not finished")
-        write_json(self._root / _INDEX, {"version": _VERSION, **dataclasses.asdict(self.description)})
+        write_json(self._root / _INDEX, sealed({"version": _VERSION, **dataclasses.asdict(self.description)}))
 
     def _finished_rows(self) -> int:
         try:
@@ -133,6 +133,8 @@ class LatentsSource:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._root = Path(directory)
         self.description = read_description(directory)
+        if SEAL not in _read(self._root / _INDEX):
+            print(f"{self._root / _INDEX} is of release 0.1.0, without a digest: taken as it is.", flush=True)
         self.class_names = self.description.class_names
         self.levels = self.description.levels
         self.digest = _digest(self.description)
@@ -166,6 +168,13 @@ class LatentsSource:
 def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
     """Read what a finished cache holds; raises DataError when there is none or it is of another version."""
     index = _read(Path(directory) / _INDEX)
+    # What was never sealed is refused below where a key is unknown, so a damaged name of the seal does not pass.
+    if is_sound(index) is False:
+        raise DataError(
+            f"{directory}/{_INDEX} is not what was written: its content does not match its digest; it was damaged or "
+            "edited. Copy it again, or delete the cache to have it made again."
+        )
+    index.pop(SEAL, None)
     if index.pop("version", None) != _VERSION:
         raise DataError(f"the latents cache {directory} is of another version; delete it to remake it")
     try:

@@ -89,9 +89,9 @@ class DiffusionGenerator(nnx.Module):
         token_rng, drop_rng, step_rng, noise_rng, backbone_rng = jax.random.split(rng, 5)
         (clean_BND,) = self.to_levels(Posterior.from_batch(batch).sample(token_rng))
         labels_B = jnp.asarray(batch["label"], jnp.int32)
-        drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
-        steps_B = jax.random.randint(step_rng, labels_B.shape, 0, self.train_steps)
-        noise_BND = jax.random.normal(noise_rng, clean_BND.shape)
+        drop_B = jax.random.uniform(drop_rng, labels_B.shape, jnp.float32) < self.label_drop
+        steps_B = jax.random.randint(step_rng, labels_B.shape, 0, self.train_steps, jnp.int32)
+        noise_BND = jax.random.normal(noise_rng, clean_BND.shape, jnp.float32)
         error_B, bound_B = self.image_losses(clean_BND, labels_B, drop_B, steps_B, noise_BND, backbone_rng)
         error, bound, name = error_B.mean(), bound_B.mean(), self.levels[0].name
         return error + bound, {f"loss/{name}": error + bound, f"mse/{name}": error, f"vb/{name}": bound}

@@ -98,7 +98,7 @@ class MaskedGenerator(nnx.Module):
         token_rng, drop_rng, level_rng = jax.random.split(rng, 3)
         levels = self.to_levels(Posterior.from_batch(batch).sample(token_rng))
         labels_B = jnp.asarray(batch["label"], jnp.int32)
-        drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
+        drop_B = jax.random.uniform(drop_rng, labels_B.shape, jnp.float32) < self.label_drop
         total, metrics = jnp.float32(0.0), {}
         for index, (plan, head) in enumerate(zip(self.plans, self.heads, strict=True)):
             count_rng, order_rng, backbone_rng, head_rng = jax.random.split(jax.random.fold_in(level_rng, index), 4)

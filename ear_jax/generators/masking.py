@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 def random_ranks(keys_B: jax.Array, tokens: int) -> Int[Array, "B N"]:
     """Return, for each image, each token's place in a uniformly random order; image b uses `keys_B[b]` alone."""
-    order_BN = jax.vmap(lambda key: jax.random.permutation(key, tokens))(keys_B)
-    return jnp.argsort(order_BN, axis=-1)
+    order_BN = jax.vmap(lambda key: jax.random.permutation(key, jnp.arange(tokens, dtype=jnp.int32)))(keys_B)
+    return jnp.argsort(order_BN, axis=-1).astype(jnp.int32)
 
 
 def mask_first(ranks_BN: Int[Array, "B N"], count: Int[Array, "*b"]) -> Bool[Array, "B N"]:
@@ -43,16 +43,16 @@ def training_counts(
     draw_rng, full_rng = jax.random.split(rng)
     if distribution == "truncated_normal":
         lower = (low - 1.0) / std
-        ratio_B = 1.0 + std * jax.random.truncated_normal(draw_rng, lower, 0.0, (batch,))
+        ratio_B = 1.0 + std * jax.random.truncated_normal(draw_rng, lower, 0.0, (batch,), jnp.float32)
     elif distribution == "uniform":
-        ratio_B = jax.random.uniform(draw_rng, (batch,), minval=low, maxval=1.0)
+        ratio_B = jax.random.uniform(draw_rng, (batch,), jnp.float32, minval=low, maxval=1.0)
     elif distribution == "cosine":
-        ratio_B = jnp.maximum(jnp.cos(0.5 * jnp.pi * jax.random.uniform(draw_rng, (batch,))), low)
+        ratio_B = jnp.maximum(jnp.cos(0.5 * jnp.pi * jax.random.uniform(draw_rng, (batch,), jnp.float32)), low)
     elif distribution == "full":
-        ratio_B = jnp.ones((batch,))
+        ratio_B = jnp.ones((batch,), jnp.float32)
     else:
         raise ValueError(f"mask ratio {distribution!r} is unknown; known: truncated_normal, uniform, cosine, full")
-    is_full_B = jax.random.uniform(full_rng, (batch,)) < full_probability
+    is_full_B = jax.random.uniform(full_rng, (batch,), jnp.float32) < full_probability
     count_B = jnp.ceil(tokens * jnp.where(is_full_B, 1.0, ratio_B)).astype(jnp.int32)
     return jnp.clip(count_B, least_masked(tokens, distribution, low), tokens)
 

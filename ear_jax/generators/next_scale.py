@@ -129,7 +129,7 @@ class NextScaleGenerator(nnx.Module):
         drop_rng, backbone_rng, head_rng = jax.random.split(rng, 3)
         ids = Posterior.from_batch(batch).discrete
         labels_B = jnp.asarray(batch["label"], jnp.int32)
-        drop_B = jax.random.uniform(drop_rng, labels_B.shape) < self.label_drop
+        drop_B = jax.random.uniform(drop_rng, labels_B.shape, jnp.float32) < self.label_drop
         hidden_BLE = self.backbone(self.quantiser.inputs_of(ids), labels_B, drop_B, backbone_rng)
         total, metrics, start = jnp.float32(0.0), {}, 0
         for k, (level, ids_BN) in enumerate(zip(self.levels, ids, strict=True)):

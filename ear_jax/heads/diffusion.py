@@ -83,8 +83,8 @@ class DiffusionHead(nnx.Module):
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return `loss_at` for `repeats` uniform steps and noises a token."""
         step_rng, noise_rng = jax.random.split(rng)
-        steps = jax.random.randint(step_rng, (self.repeats, *mask.shape), 0, self.train_steps)
-        noise = jax.random.normal(noise_rng, (self.repeats, *target.shape))
+        steps = jax.random.randint(step_rng, (self.repeats, *mask.shape), 0, self.train_steps, jnp.int32)
+        noise = jax.random.normal(noise_rng, (self.repeats, *target.shape), jnp.float32)
         return self.loss_at(hidden, target, mask, steps, noise)
 
     def loss_at(

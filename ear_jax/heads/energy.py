@@ -99,7 +99,7 @@ class EnergyHead(nnx.Module):
         """Return `loss_at` for fresh noise; `controls["train_temperature"]` is tau_train (default 1)."""
         temperature = controls["train_temperature"] if controls else 1.0
         shape = (self.repeats * self.samples, *hidden.shape[:2], self.noise_channels)
-        return self.loss_at(hidden, target, mask, jax.random.uniform(rng, shape) - 0.5, temperature)
+        return self.loss_at(hidden, target, mask, jax.random.uniform(rng, shape, jnp.float32) - 0.5, temperature)
 
     def loss_at(
         self,
@@ -128,5 +128,5 @@ class EnergyHead(nnx.Module):
     ) -> Float[Array, "B N D"]:
         """Draw one token a position; image b uses `keys_B[b]` alone; `temperature` is tau_infer."""
         shape = (prediction.shape[1], self.noise_channels)
-        noise = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys_B) - 0.5
+        noise = jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32))(keys_B) - 0.5
         return self.draw(prediction, noise, temperature)

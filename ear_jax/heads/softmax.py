@@ -44,7 +44,9 @@ class SoftmaxHead(nnx.Module):
     ) -> tuple[Float[Array, ""], Metrics]:
         """Cross-entropy averaged over the masked tokens, with the accuracy there."""
         logits = self.predict(hidden)
-        smoothed = optax.smooth_labels(jax.nn.one_hot(target, logits.shape[-1]), self.label_smoothing)
+        smoothed = optax.smooth_labels(
+            jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.float32), self.label_smoothing
+        )
         weight = mask.astype(jnp.float32)
         total = jnp.maximum(weight.sum(), 1.0)
         loss = (optax.softmax_cross_entropy(logits, smoothed) * weight).sum() / total
@@ -55,5 +57,5 @@ class SoftmaxHead(nnx.Module):
         self, prediction: Float[Array, "B N V"], keys_B: jax.Array, temperature: Float[Array, ""] | float
     ) -> Int[Array, "B N"]:
         """Draw ids from logits; image b uses `keys_B[b]` alone, and temperature 0 takes the most likely code."""
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, prediction.shape[1:]))(keys_B)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, prediction.shape[1:], jnp.float32))(keys_B)
         return (prediction + temperature * noise).argmax(-1).astype(jnp.int32)

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from ear_jax.files import write_bytes
 from ear_jax.folders.pictures import in_signed_range
 from ear_jax.nn.functional import flatten, functional
 from ear_jax.nn.resize import to_signed
+from ear_jax.weights import safetensors_file
 
 FILE_NAME = "classifier.safetensors"
 LEAST_SIDE_PX = 16
@@ -136,7 +135,7 @@ def load_or_train(
         return kept
     classifier = train()
     tensors = {name: np.asarray(array) for name, array in flatten(nnx.state(classifier, nnx.Param)).items()}
-    write_bytes(path, safetensors.numpy.save(tensors, metadata={"key": key, "digest": _digest(tensors)}))
+    safetensors_file.write(path, tensors, metadata={"key": key, "digest": _digest(tensors)})
     return classifier
 
 

@@ -85,7 +85,7 @@ def accuracy_when_degraded(
 
 def noise(images: Images, rng: Key[Array, ""], amount: Amount) -> Images:
     """Add Gaussian noise of standard deviation 0.4 x amount to each image in [-1, 1]."""
-    return images + _NOISE_STD * _each(amount) * jax.random.normal(rng, images.shape)
+    return images + _NOISE_STD * _each(amount) * jax.random.normal(rng, images.shape, jnp.float32)
 
 
 def blur(images: Images, rng: Key[Array, ""], amount: Amount) -> Images:
@@ -101,7 +101,7 @@ def block_noise(images: Images, rng: Key[Array, ""], amount: Amount) -> Images:
     """Add noise that is constant over squares of an eighth of the side, of standard deviation 0.4 x amount."""
     count, height, width, channels = images.shape
     block = max(2, min(height, width) // 8)
-    coarse = jax.random.normal(rng, (count, -(-height // block), -(-width // block), channels))
+    coarse = jax.random.normal(rng, (count, -(-height // block), -(-width // block), channels), jnp.float32)
     squares = jnp.repeat(jnp.repeat(coarse, block, axis=1), block, axis=2)[:, :height, :width]
     return images + _BLOCK_STD * _each(amount) * squares
 
@@ -115,7 +115,7 @@ DEGRADATIONS: dict[str, Callable[[Images, Key[Array, ""], Amount], Images]] = {
 
 def flip_some(images: Images, rng: Key[Array, ""]) -> Images:
     """Mirror each image left-right with probability one half."""
-    chosen = jax.random.bernoulli(rng, 0.5, (images.shape[0], 1, 1, 1))
+    chosen = jax.random.bernoulli(rng, jnp.float32(0.5), (images.shape[0], 1, 1, 1))
     return jnp.where(chosen, images[:, :, ::-1], images)
 
 
@@ -124,7 +124,11 @@ def degrade(images: Images, rng: Key[Array, ""]) -> Images:
     for number, function in enumerate((blur, noise, block_noise)):
         on, size, draw = jax.random.split(jax.random.fold_in(rng, number), 3)
         count = images.shape[:1]
-        images = function(images, draw, jax.random.bernoulli(on, 0.5, count) * jax.random.uniform(size, count))
+        images = function(
+            images,
+            draw,
+            jax.random.bernoulli(on, jnp.float32(0.5), count) * jax.random.uniform(size, count, jnp.float32),
+        )
     return jnp.clip(images, -1.0, 1.0)
 
 
@@ -144,7 +148,7 @@ def _make_update(graph: Any, classes: int, use_flip: bool) -> tuple[optax.Gradie
         flip_rng, degrade_rng = jax.random.split(rng)
         images = to_float(image)
         images = degrade(flip_some(images, flip_rng) if use_flip else images, degrade_rng)
-        targets = optax.smooth_labels(jax.nn.one_hot(label, classes), _LABEL_SMOOTHING)
+        targets = optax.smooth_labels(jax.nn.one_hot(label, classes, dtype=jnp.float32), _LABEL_SMOOTHING)
 
         def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
             logits = nnx.merge(graph, params)(images)

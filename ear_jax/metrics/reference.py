@@ -4,8 +4,10 @@ The statistics are a file that other evaluators read too; the rows lie beside it
 """
 
 import dataclasses
+import errno
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -107,8 +109,10 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
             features, labels, owner = arrays["features"], arrays["labels"], str(arrays["belongs_to"])
             names = tuple(arrays["class_names"].tolist()) if "class_names" in arrays.files else ()
     except OSError as error:
-        raise StorageError(f"Cannot read {rows}: {error.strerror or error}.") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if error.errno != errno.EINVAL:  # what seeking to a damaged offset gives
+            raise StorageError(f"Cannot read {rows}: {error.strerror or error}.") from error
+        raise DataError(f"{rows} is damaged. Build it again with --task=stats, or delete it.") from error
+    except (ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{rows} is damaged ({error}). Build it again with --task=stats, or delete it.") from error
     if owner != statistics.digest:
         raise DataError(

@@ -5,6 +5,8 @@ Nothing is ever unpickled.
 """
 
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import zipfile
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ear_jax.errors import DataError, StorageError
-from ear_jax.files import atomic_file, file_sha256
+from ear_jax.files import atomic_file, file_sha256, is_sound, sealed
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.statistics import FeatureStatistics
 from ear_jax.weights.tensor_file import read_tensors
@@ -70,9 +72,10 @@ def save_reference_statistics(path: str | os.PathLike[str], reference: Reference
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     _statistics(arrays, "mu", "sigma", reference.pooled.count, Path(path))
-    text = np.asarray(json.dumps(protocol, sort_keys=True))
+    arrays["N"] = np.asarray(reference.pooled.count)
+    text = np.asarray(json.dumps(sealed(protocol | {"arrays": _array_digests(arrays)}), sort_keys=True))
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, N=np.asarray(reference.pooled.count), protocol=text)
+        np.savez(file, **arrays, protocol=text)
     return Path(path)
 
 
@@ -92,7 +95,9 @@ def load_reference_statistics(path: str | os.PathLike[str]) -> ReferenceStatisti
         arrays = read_tensors(path, is_numpy_allowed=True) if is_torch else _npz_arrays(path)
         digest = file_sha256(path)
     except OSError as error:
-        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        if error.errno != errno.EINVAL:  # what seeking to a damaged offset gives
+            raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise DataError(f"{path} holds no sound statistics (a damaged offset). {_ADVICE}") from error
     except _FAULTS as error:
         raise DataError(f"{path} holds no sound statistics ({type(error).__name__}: {error}). {_ADVICE}") from error
     if "mu" not in arrays or "sigma" not in arrays:
@@ -151,6 +156,9 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("it is a single array, not an .npz")
         wanted = ("mu", "sigma", "mu_s", "sigma_s", "N", "protocol")
         arrays = {name: file[name] for name in wanted if name in file.files}
+        assert file.zip is not None
+        for member in file.zip.infolist():
+            file.zip.open(member).close()  # refuses a name that differs between the directory and the member
         # Images may be many gigabytes; that they are there is all that matters.
         return arrays | {name: np.empty(0) for name in file.files if name not in wanted}
 
@@ -162,11 +170,31 @@ def _protocol(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Any] | 
         protocol = json.loads(str(arrays["protocol"]))
         fields = {field.name for field in dataclasses.fields(FeatureProtocol)}
         if protocol["format"] == FORMAT and set(protocol["features"]) == fields:
-            return protocol
+            if is_sound(protocol) is None:
+                print(f"{path} is of release 0.1.0, without a digest: taken as it is.", flush=True)
+                return protocol
+            if is_sound(protocol) and protocol["arrays"] == _array_digests(arrays):
+                return protocol
+            raise DataError(
+                f"{path} is not what was written: its arrays or its protocol do not match their digest; the file was "
+                f"damaged, edited or put together from several. {_ADVICE}"
+            )
         what = f"its format is {protocol['format']!r}"
     except (ValueError, KeyError, TypeError) as error:
         what = f"its protocol is unreadable: {error}"
     raise DataError(f"{path}: {what}; expected {FORMAT!r}. {_ADVICE}")
+
+
+def _array_digests(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Return the SHA-256 of the type, shape and values of each array that has a meaning here."""
+    names = ("mu", "sigma", "mu_s", "sigma_s", "N")
+    return {
+        name: hashlib.sha256(
+            f"{array.dtype.str} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+        ).hexdigest()
+        for name, array in arrays.items()
+        if name in names
+    }
 
 
 def _count(arrays: Mapping[str, np.ndarray], path: Path) -> int | None:

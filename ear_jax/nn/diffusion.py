@@ -269,7 +269,9 @@ def reverse(
 
 def keyed_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Array | int], jax.Array]:
     """Return step -> standard normal [B, *shape], where image b uses `keys_B[b]` alone; step T is for the start."""
-    return lambda step: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys_B)
+    return lambda step: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32))(
+        keys_B
+    )
 
 
 def _at(table: np.ndarray, steps: Steps, like: jax.Array) -> jax.Array:

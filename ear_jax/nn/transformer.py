@@ -193,5 +193,5 @@ def drop_path(
     """Drop a residual branch whole with probability `rate` an image, and scale the kept ones by 1 / (1 - rate)."""
     if rng is None or rate is None:
         return branch
-    keep = jax.random.bernoulli(rng, 1.0 - rate, (branch.shape[0], 1, 1))
+    keep = jax.random.bernoulli(rng, jnp.float32(1.0 - rate), (branch.shape[0], 1, 1))
     return jnp.where(keep, branch / (1.0 - rate), 0.0)

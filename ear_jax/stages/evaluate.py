@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from ear_jax.config.derive import stage_lengths
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.config.uses import drawing
+from ear_jax.config.values import flatten
 from ear_jax.data.image_sets import open_image_set
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import Renumbered, SplitSource, Subset, in_order
@@ -44,6 +46,7 @@ from ear_jax.stages.references import (
     source_batches,
 )
 from ear_jax.stages.session import Session, fingerprint
+from ear_jax.training.ledger import TensorBoard
 from ear_jax.types import Tokens
 
 FIRST_SAMPLE = 1 << 20
@@ -126,6 +129,9 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     if session.is_first:
         write_json(workdir.evaluation, result)
         workdir.mark_complete("evaluation", made_from=made_from)
+        steps = stage_lengths(config.generator_training, len(train)).total_steps
+        with TensorBoard(workdir.tensorboard, tracker=session.tracker) as tensorboard:
+            tensorboard.result(steps, flatten(config), _numbers(result))
     session.ledger.event("evaluation", stage="generator", **result)
     report(session, result)
 
@@ -175,6 +181,13 @@ def evaluate_images(session: Session) -> None:
 
 def _first(loaded: pipeline.Pipeline) -> str:
     return ", ".join(loaded.class_names[:4]) + (" …" if len(loaded.class_names) > 4 else "")
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    """Return the scores of an evaluation by name, without their details."""
+    groups = {"": result["scores"], "psnr_db_": result["psnr_db"]}
+    named = {f"{prefix}{name}": value for prefix, values in groups.items() for name, value in values.items()}
+    return named | {name: result[name] for name in ("class_accuracy_reconstructions", "class_accuracy_samples")}
 
 
 def _samples(loaded: pipeline.Pipeline, measure: Measure, config: Config, weights: str) -> tuple[Scores, Scores]:

@@ -3,21 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ear_jax import build
 from ear_jax.config import read
 from ear_jax.config.schema import Config
 from ear_jax.data.latents import LatentsSource
+from ear_jax.data.open import open_split
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
 from ear_jax.files import read_json
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.workdir import COMPLETE
 from ear_jax.inference.pipeline import Pipeline
-from ear_jax.nn.functional import Arrays, signature
+from ear_jax.nn.functional import Arrays, functional, signature
+from ear_jax.nn.resize import to_signed
 from ear_jax.stages.session import Session
 from ear_jax.stages.starting import Start
+from ear_jax.stages.tokenizer import held_out_batch
 from ear_jax.training.loop import ScoreHook, StageRun, train
 from ear_jax.training.step import TrainState
 
@@ -68,6 +72,14 @@ def train_generator(session: Session) -> None:
     def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
         return parameters, {**rest, **frozen}
 
+    def held_out() -> dict[str, np.ndarray]:
+        images = open_split(config.data, "eval", seed=config.seed)
+        batch = held_out_batch(session, images, "generator")
+        static, _, _ = functional(build.abstract_tokenizer(config))
+        encode = jax.jit(lambda arrays, images: static.merge(arrays).posterior(to_signed(images)).to_batch())
+        encoded = jax.device_get(encode(tokenizer, batch["image"]))
+        return {**encoded, "label": batch["label"], "index": batch["index"]}
+
     stage = session.training(
         "generator",
         source,
@@ -79,6 +91,7 @@ def train_generator(session: Session) -> None:
         score=_scores(session, pipeline) if config.evaluate.every_steps else None,
         score_every_steps=config.evaluate.every_steps,
         initial=None if start is None else start.taken,
+        held_out=held_out,
     )
     if start is not None:
         start.record(session)

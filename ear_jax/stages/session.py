@@ -28,6 +28,7 @@ from ear_jax.training.ledger import Ledger
 from ear_jax.training.loop import StageRun
 from ear_jax.training.optim import resolve
 from ear_jax.training.step import ModuleFactory
+from ear_jax.training.tracker import check_tracker, track
 
 STAGES = {
     "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training"),
@@ -45,6 +46,7 @@ class Session:
     workdir: Workdir
     ledger: Ledger
     mesh: Mesh
+    tracker: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -120,6 +122,8 @@ class Session:
             folder=self.workdir.stage(stage),
             ledger=self.ledger,
             tensorboard_folder=self.workdir.tensorboard,
+            profile_steps=config.run.profile_steps,
+            tracker=self.tracker,
             **options,
         )
 
@@ -256,6 +260,7 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
         ConfigError: another run holds the folder, the processes disagree, or the mesh does not fit.
         StorageError: the folder cannot be written.
     """
+    check_tracker(config.run.wandb_project)
     process.initialise()
     if jax.process_count() > 1:
         process.guard_exits()
@@ -272,4 +277,5 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
                 print(note, flush=True)
         stack.enter_context(restartable())
         ledger = stack.enter_context(Ledger(workdir.root, workdir.run_id, enabled=is_first))
-        yield Session(config, workdir, ledger, mesh)
+        tracker = stack.enter_context(track(config.run.wandb_project, config, workdir.root)) if is_first else None
+        yield Session(config, workdir, ledger, mesh, tracker)

@@ -36,6 +36,13 @@ PREFIX = "tokenizer/"
 SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
 
 
+def held_out_batch(session: Session, held_out: SplitSource, stage: str) -> dict[str, np.ndarray]:
+    """Return this process's share of one batch of held-out images; where they are few, the last one is repeated."""
+    size = getattr(session.config, f"{stage}_training").batch_size // jax.process_count()
+    own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return dict(next(eval_batches(held_out, size, **own)))
+
+
 def train_tokenizer(session: Session) -> None:
     """Train until done, then write `tokenizer/model` and `tokenizer/reconstructions.png`."""
     config, workdir = session.config, session.workdir
@@ -69,7 +76,14 @@ def train_tokenizer(session: Session) -> None:
         return {"reconstructions": picture}
 
     create: Callable[[Any], Any] = lambda rngs: build.build_tokenizer_objective(config, rngs=rngs)  # noqa: E731
-    stage = session.training("tokenizer", source, create, shown=SHOWN, grid=grid)
+    stage = session.training(
+        "tokenizer",
+        source,
+        create,
+        shown=SHOWN,
+        grid=grid,
+        held_out=lambda: held_out_batch(session, held_out, "tokenizer"),
+    )
     if start is not None:
         stage.initial = {f"{PREFIX}{name}": array for name, array in start.taken.items()}
         start.record(session)

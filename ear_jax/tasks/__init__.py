@@ -17,6 +17,7 @@ TASKS = {
     "convert": "ear_jax.tasks.convert:run",
     "stats": "ear_jax.tasks.stages:run_stats",
     "check": "ear_jax.tasks.check:run",
+    "seal": "ear_jax.tasks.seal:run",
 }
 """Name on the command line -> module:function."""
 
@@ -37,5 +38,6 @@ SUMMARIES = {
     "convert": "turn published weights into a model folder, or back",
     "stats": "compute reference statistics of a data set",
     "check": "run every part once for real and say what holds",
+    "seal": "accept a model folder that was edited on purpose",
 }
 """One line a task, for --help."""

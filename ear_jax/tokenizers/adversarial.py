@@ -133,7 +133,7 @@ class AdversarialLoss(nnx.Module):
         return ["adversarial", "discriminator", *(["r1"] if self.r1 else []), *(["lecam"] if self.lecam else [])]
 
     def _absent(self) -> dict[str, jax.Array]:
-        return {name: jnp.zeros(()) for name in self._names()}
+        return {name: jnp.zeros((), jnp.float32) for name in self._names()}
 
     def _terms(self, images: jax.Array, reconstructions: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         judged = frozen(self.discriminator)(reconstructions)

@@ -133,7 +133,7 @@ class CoarseTokenizer(nnx.Module):
         A codebook that has not started is placed on this batch first, once `is_active`. The module itself is not
         changed; the caller stores the books.
         """
-        residual, commitment, books = latent, jnp.zeros(()), []
+        residual, commitment, books = latent, jnp.zeros((), jnp.float32), []
         for level, level_rng in zip(self.levels, jax.random.split(rng, len(self.levels)), strict=True):
             vectors = level.vectors(residual)
             flat = jax.lax.stop_gradient(vectors.reshape(-1, vectors.shape[-1]))

@@ -67,7 +67,7 @@ def start(state: CodebookState, vectors: Float[Array, "M c"], rng: jax.Array, *,
     order = jax.random.permutation(pick, vectors.shape[0])
     codes = vectors[order[jnp.arange(size) % vectors.shape[0]]]
     if size > vectors.shape[0]:
-        codes = codes + 0.01 * vectors.std(axis=0) * jax.random.normal(jitter, codes.shape)
+        codes = codes + 0.01 * vectors.std(axis=0) * jax.random.normal(jitter, codes.shape, jnp.float32)
 
     def round_of_kmeans(_: jax.Array, codes: jax.Array) -> jax.Array:
         counts, sums = assignments(vectors, nearest(vectors, codes), size)
@@ -100,7 +100,7 @@ def update(
     sums = decay * state.sums + (1.0 - decay) * batch_sums
     share = counts.sum() / size
     dead = counts < revive_below * share
-    places = vectors[jax.random.randint(rng, (size,), 0, vectors.shape[0])]
+    places = vectors[jax.random.randint(rng, (size,), 0, vectors.shape[0], jnp.int32)]
     codes = jnp.where(dead[:, None], places, sums / jnp.maximum(counts, 1e-12)[:, None])
     counts = jnp.where(dead, share, counts)
     return CodebookState(codes, counts, codes * counts[:, None], state.started)

@@ -101,7 +101,9 @@ class TokenizerObjective(nnx.Module):
         images = to_signed(batch["image"])
         latent_rng, drop_rng = jax.random.split(rng)
         is_hybrid = step >= self.hybrid_start_steps
-        dropped = jax.random.bernoulli(drop_rng, self.coarse_only_probability, images.shape[:1]) & is_hybrid
+        dropped = (
+            jax.random.bernoulli(drop_rng, jnp.float32(self.coarse_only_probability), images.shape[:1]) & is_hybrid
+        )
         use_fine = 1.0 - dropped.astype(jnp.float32)
         if isinstance(self.tokenizer, LiteHybrid):
             passed = self._hybrid(self.tokenizer, images, use_fine, is_hybrid, latent_rng)
@@ -110,7 +112,7 @@ class TokenizerObjective(nnx.Module):
         else:
             passed = self._plain(self.tokenizer, images, latent_rng)
         terms = {**self._reconstruction_terms(passed.images, images), **passed.terms}
-        total = sum((weight * term for weight, term in terms.values()), start=jnp.zeros(()))
+        total = sum((weight * term for weight, term in terms.values()), start=jnp.zeros((), jnp.float32))
         metrics = {**passed.metrics, **{f"loss/{name}": term for name, (_, term) in terms.items()}}
         if self.adversarial is not None:
             game, game_terms = self.adversarial(images, passed.images, step)
@@ -151,7 +153,9 @@ class TokenizerObjective(nnx.Module):
         mean, logvar = tokenizer.vae.encoder(images)
         passed = tokenizer.train_latent(mean, logvar, use_fine, rng, is_active=is_hybrid)
         if self.hybrid_start_steps > 0:
-            plain = HybridTraining(sample_gaussian(rng, mean, logvar), mean, jnp.zeros(()), tokenizer.coarse.books)
+            plain = HybridTraining(
+                sample_gaussian(rng, mean, logvar), mean, jnp.zeros((), jnp.float32), tokenizer.coarse.books
+            )
             passed = jax.tree.map(lambda active, waiting: jnp.where(is_hybrid, active, waiting), passed, plain)
         tokenizer.coarse.assign_books(jax.lax.stop_gradient(passed.books))
         terms = self._kl(passed.fine_mean, logvar)

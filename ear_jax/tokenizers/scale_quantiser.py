@@ -144,7 +144,7 @@ class ScaleQuantiser(nnx.Module):
         the convolutions learn from the second term, the encoder from the first.
         """
         fixed = jax.lax.stop_gradient(features)
-        rest, f_hat, loss, found = fixed, jnp.zeros_like(features), jnp.zeros(()), []
+        rest, f_hat, loss, found = fixed, jnp.zeros_like(features), jnp.zeros((), jnp.float32), []
         for k in range(len(self.scales)):
             found.append(self._ids(rest, k))
             added = self._residual_map(self.lookup(found[-1]), k, convolve=True)

@@ -159,8 +159,12 @@ def _ends_torn(path: Path) -> bool:
 class TensorBoard:
     """Write TensorBoard event files into `directory`; nothing is imported or made before the first value."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, start_step: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, start_step: int = 0, enabled: bool = True, tracker: Any = None
+    ) -> None:
         """Remember where to write; on resume, TensorBoard hides older events after `start_step`.
+
+        `tracker`, a run of Weights & Biases, gets the scalars too.
 
         A process other than the first passes `enabled=False`. Without tensorboardX the values are dropped and a
         warning is logged once.
@@ -168,14 +172,33 @@ class TensorBoard:
         self._directory = os.fspath(directory)
         self._start_step = start_step
         self._enabled = enabled
+        self._tracker = tracker
         self._writer: Any = None
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         """Write scalars after `step` updates; `prefix` (a stage) goes in front of each name."""
+        if self._tracker is not None:
+            named = {f"{prefix}/{name}" if prefix else name: float(value) for name, value in values.items()}
+            self._tracker.log({**named, "step": step, "stage": prefix.partition("/")[0]})
         writer = self._open()
         if writer is not None:
             for name, value in values.items():
                 writer.add_scalar(f"{prefix}/{name}" if prefix else name, float(value), step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write a text, such as the configuration, as a block of code."""
+        writer = self._open()
+        if writer is not None:
+            writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def result(self, step: int, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        """Write the final scores, as scalars and beside the settings that gave them (TensorBoard's HPARAMS)."""
+        self.scalars(step, scores, prefix="evaluation")
+        writer = self._open()
+        if writer is not None:
+            plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
+            final = {f"evaluation/{name}": float(value) for name, value in scores.items()}
+            writer.add_hparams(plain, final, name="hparams", global_step=step)
 
     def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Write a picture, such as a grid, after `step` updates."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from ear_jax.training.ledger import Ledger, TensorBoard, batch_digest
 from ear_jax.training.optim import Recipe, make_optimizer
 from ear_jax.training.progress import Progress
 from ear_jax.training.report import loader_images_per_s, parameter_counts, peak_flops_per_s, start_report
-from ear_jax.training.step import ModuleFactory, StatePlan, TrainState, make_train_step, plan_state
+from ear_jax.training.step import ModuleFactory, StatePlan, TrainState, make_train_step, make_validation, plan_state
 from ear_jax.types import Group, usual_group
 
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
@@ -43,7 +44,8 @@ class StageRun:
     """Everything the loop needs to run one stage.
 
     `shown` names the metrics printed at every log interval, in order. `initial` holds arrays by name that a run without
-    a checkpoint starts with.
+    a checkpoint starts with. `held_out` makes a batch as the loader's, of images that are not trained on; `tracker` is
+    a run of Weights & Biases, or None.
     """
 
     stage: str
@@ -65,6 +67,9 @@ class StageRun:
     grid: GridHook | None = None
     score: ScoreHook | None = None
     score_every_steps: int = 0
+    held_out: Callable[[], dict[str, np.ndarray]] | None = None
+    profile_steps: tuple[int, ...] = ()
+    tracker: Any = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -106,7 +111,12 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         run.facts["loader_images_per_s"] = rate
         began = time.monotonic()
         batch = next(run.loader)
-        tensorboard = stack.enter_context(TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first))
+        tensorboard = stack.enter_context(
+            TensorBoard(run.tensorboard_folder, start_step=start, enabled=is_first, tracker=run.tracker)
+        )
+        tensorboard.text(start, f"{run.stage}/config", json.dumps(run.config_dict, indent=1))
+        validate = _Validation(run, plan) if run.held_out is not None else None
+        profile = stack.enter_context(_Profile(run.folder / "profile", run.profile_steps, start, total, run.stage))
         peak = peak_flops_per_s(jax.devices()[0].device_kind) if run.settings.compute_dtype == "bfloat16" else None
         progress = stack.enter_context(
             Progress(
@@ -126,7 +136,9 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         root = jax.random.key(run.seed)
         for step in range(start + 1, total + 1):
             watchdog.beat()
-            state, metrics = step_function(state, put_batch(batch, run.mesh), root)
+            with profile.step(step):
+                state, metrics = step_function(state, put_batch(batch, run.mesh), root)
+            profile.done(step, metrics)
             watch.dispatched(step, metrics, np.asarray(batch["index"]))
             if step % run.settings.log_every_steps == 0:
                 store.poll()
@@ -145,6 +157,12 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
                     f"{stop.name}: the state after step {step} of {total} is saved in {run.folder}. "
                     "Run the same command again to go on from there."
                 )
+            if validate is not None and _is_due(step, run.settings.validate_every_steps):
+                with progress.paused(), watchdog.section("validating", LONG_SECTION_S):
+                    watch.drain()
+                    values = validate(state)
+                    tensorboard.scalars(step, values, prefix=f"{run.stage}/validation")
+                    run.ledger.event("validation", stage=run.stage, step=step, **values)
             is_scored = run.score is not None and _is_due(step, run.score_every_steps)
             if run.grid is not None and (is_last or is_scored or _is_due(step, run.settings.grid_every_steps)):
                 with progress.paused(), watchdog.section("drawing a grid", LONG_SECTION_S):
@@ -226,6 +244,56 @@ def _save(run: StageRun, store: CheckpointStore, step: int, state: TrainState, *
     host = {"stage": run.stage, "seed": run.seed, "loader": run.loader.get_state(), "config": run.config_dict}
     store.save(step, dict(state), host, wait=wait)
     run.ledger.checkpoint(run.stage, step)
+
+
+class _Validation:
+    """Measures held-out images with the noise of training, the same at every visit; made when it is first due."""
+
+    def __init__(self, run: StageRun, plan: StatePlan) -> None:
+        self._run = run
+        self._function = jax.jit(make_validation(plan.static, run.recipe))
+        self._batch: dict[str, jax.Array] | None = None
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        if self._batch is None:
+            assert self._run.held_out is not None
+            self._batch = put_batch(self._run.held_out(), self._run.mesh)
+        values = self._function(state, self._batch, jax.random.key(self._run.seed))
+        return {name: float(value) for name, value in jax.device_get(values).items()}
+
+
+class _Profile:
+    """Traces some steps into a folder that TensorBoard's XProf reads; its trace.json.gz opens in Perfetto as well."""
+
+    def __init__(self, folder: Path, steps: tuple[int, ...], start: int, total: int, stage: str) -> None:
+        self._folder, self._is_on = folder, False
+        self._first, self._last = steps or (0, 0)
+        if steps and not start < self._first <= total:
+            print(f"[{stage}] run.profile_steps={steps}: no trace, the steps to come are {start + 1} to {total}")
+
+    def step(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """Return what a step runs in."""
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._is_on = True
+        if not self._is_on:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("train_step", step_num=step)
+
+    def done(self, step: int, metrics: Any) -> None:
+        """End the trace after its last step, when the device has finished it."""
+        if self._is_on and step == self._last:
+            jax.block_until_ready(metrics)
+            self.__exit__()
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_on:
+            self._is_on = False
+            jax.profiler.stop_trace()
+            print(f"profile     written to {self._folder}: TensorBoard with xprof, or its *.trace.json.gz in Perfetto")
 
 
 class _Watch:

@@ -97,6 +97,18 @@ def plan_state(
     return StatePlan(static, shapes, shardings, jax.jit(fresh, out_shardings=shardings, compiler_options=options))
 
 
+def make_validation(static: Functional, recipe: Recipe) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
+    """Return the pure function (state, batch, key) -> loss and metrics of the averaged weights; it changes nothing."""
+
+    def validate(state: TrainState, batch: Batch, rng: jax.Array) -> Metrics:
+        module = static.merge(state["ema"], state["rest"])
+        controls = {"train_temperature": train_temperature(recipe, state["step"])}
+        loss, metrics = module.loss(batch, rng, state["step"], controls)
+        return {"loss": loss, **metrics}
+
+    return validate
+
+
 StepFunction = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 

@@ -62,18 +62,23 @@ def views(path: str | os.PathLike[str], file: mmap) -> dict[str, np.ndarray]:
 
 
 def write(
-    path: str | os.PathLike[str], named: Mapping[str, np.ndarray], *, like: Mapping[str, np.ndarray] | None = None
+    path: str | os.PathLike[str],
+    named: Mapping[str, np.ndarray],
+    *,
+    like: Mapping[str, np.ndarray] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write arrays one at a time; the file appears when it is whole.
+    """Write arrays one at a time; the file appears when it is whole, and equal arrays give equal bytes.
 
     A mapping that makes its arrays when asked keeps no more of them in memory than it holds itself. Wider elements come
-    first, as alignment wants, else the order is kept.
+    first, as alignment wants, else names are sorted: a restored state has another order than a fresh one.
 
     Args:
         path: The file.
         named: Arrays by name.
         like: Arrays of the same shapes and dtypes where they are cheaper to ask for; without it each of `named` is
             asked for twice.
+        metadata: Texts by name for the header.
 
     Returns:
         What a manifest needs: `bytes`, `sha256`, `tensors`.
@@ -82,8 +87,9 @@ def write(
         StorageError: the file cannot be written.
     """
     shapes = {name: (array.shape, array.dtype) for name, array in (named if like is None else like).items()}
-    names = sorted(shapes, key=lambda name: -shapes[name][1].itemsize)
-    header, place = {}, 0
+    names = sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    place = 0
     for name in names:
         shape, dtype = shapes[name]
         size = math.prod(shape) * dtype.itemsize

@@ -1,6 +1,8 @@
 """The training loop around a model of one line: skipped updates, giving up, going on, being asked to stop."""
 
 import contextlib
+import gzip
+import json
 import os
 import signal
 from collections.abc import Mapping
@@ -68,7 +70,7 @@ def ids_of_steps(*steps: int) -> list[list[int]]:
 
 
 def train(
-    folder: Path, *, bad: frozenset[int] = frozenset(), grid: loop.GridHook | None = None, **settings: Any
+    folder: Path, *, bad: frozenset[int] = frozenset(), hooks: dict[str, Any] | None = None, **settings: Any
 ) -> TrainState:
     """Train the line in a folder."""
     changed = {"steps": STEPS, "learning_rate": 0.1, "checkpoint_every_steps": 2, **settings}
@@ -87,10 +89,27 @@ def train(
         folder=folder,
         ledger=ledger.Ledger(folder, "test"),
         tensorboard_folder=folder / "tensorboard",
-        grid=grid,
+        **(hooks or {}),
     )
     with contextlib.closing(run.ledger), contextlib.closing(run.loader):
         return loop.train(run)[1]
+
+
+def test_validation_and_a_profile_change_no_number_and_are_there(tmp_path):
+    plain = train(tmp_path / "plain")
+    points = Points().batch(np.arange(8), np.zeros(8, bool))
+    hooks = {"held_out": lambda: points, "profile_steps": (3, 4)}
+    watched = train(tmp_path / "watched", hooks=hooks, validate_every_steps=4)
+    assert not differing(to_numpy(plain), to_numpy(watched))
+    assert updates(tmp_path / "plain") == updates(tmp_path / "watched")
+    found = [r for r in ledger.read(tmp_path / "watched" / "ledger.jsonl") if r["event"] == "validation"]
+    assert [r["step"] for r in found] == [4, 8] and found[1]["loss"] != found[0]["loss"] > 0
+    (board,) = (tmp_path / "watched" / "tensorboard").iterdir()
+    assert b"line/validation/loss" in board.read_bytes() and b"line/config" in board.read_bytes()
+    (trace,) = (tmp_path / "watched" / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {event["args"].get("step_num") for event in events if event.get("name", "").startswith("train_step")}
+    assert steps == {"3", "4"}
 
 
 def skips(folder: Path) -> list[tuple[int, list[int]]]:
@@ -149,7 +168,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, capfd):
         return {}
 
     with pytest.raises(PreemptedError, match=f"SIGTERM: the state after step 5 of {STEPS} is saved") as caught:
-        train(tmp_path / "run", grid=terminate, grid_every_steps=4)
+        train(tmp_path / "run", hooks={"grid": terminate}, grid_every_steps=4)
     assert caught.value.exit_status == 75
     assert signal.getsignal(signal.SIGTERM) is before
     assert "saving after this step" in capfd.readouterr().err
@@ -174,7 +193,7 @@ def test_grids_come_at_their_steps_and_at_the_end(tmp_path):
         drawn.append(step)
         return {"grid": np.zeros((4, 4, 3), np.uint8)}
 
-    train(tmp_path, grid=grid, grid_every_steps=3)
+    train(tmp_path, hooks={"grid": grid}, grid_every_steps=3)
     assert drawn == [3, 6, 8]
 
 

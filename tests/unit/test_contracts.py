@@ -8,6 +8,7 @@ without it, its test fails.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -526,6 +527,48 @@ def test_an_image_of_a_generator_depends_on_its_own_key_and_label_alone(generato
     relabelled, reseeded = generator.drawn([1, 2, 3], keys_B), generator.drawn(labels, image_keys(1, jnp.arange(BATCH)))
     assert any(differ(drawn, relabelled, row) for row in range(BATCH)), "labels matter"
     assert all(differ(drawn, reseeded, row) for row in range(BATCH)), "and so does the seed"
+
+
+def _wide(function: Callable[..., Any], *arguments: Any) -> set[str]:
+    """Return what of 64 bits a function draws, computes (scalars of Python aside) or gives where it is allowed."""
+    with jax.enable_x64(True):
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+    given = {str(leaf.dtype) for leaf in jaxpr.out_avals} & {"float64"}
+    return given | set(re.findall(r"f64\[\d+[^\]]*\]|bit_width=64", str(jaxpr)))
+
+
+def test_a_generator_computes_the_same_with_64_bits_allowed(generator):
+    """JAX_ENABLE_X64 changes the dtype of every draw and carry that does not name its own."""
+    batch = {name: np.asarray(values) for name, values in generator.batch().items()}
+    assert not _wide(generator.gradient.__wrapped__, generator.parameters, batch, jax.random.key(0))
+    drawn = generator.drawn([0, 1, 0], image_keys(0, jnp.arange(BATCH)))
+    with jax.enable_x64(True):
+        wide = generator.drawn([0, 1, 0], image_keys(0, jnp.arange(BATCH)))
+    for level, other in zip(drawn, wide, strict=True):
+        np.testing.assert_array_equal(other, level)
+        assert other.dtype == level.dtype
+
+
+@pytest.mark.slow
+def test_a_generator_has_the_same_loss_with_64_bits_allowed(generator):
+    batch = {name: np.asarray(values) for name, values in generator.batch().items()}
+    (loss, _), _ = generator.gradient(generator.parameters, batch, jax.random.key(0))
+    with jax.enable_x64(True):
+        (wide, _), _ = generator.gradient(generator.parameters, batch, jax.random.key(0))
+    assert wide == loss and wide.dtype == FLOAT32
+
+
+@pytest.mark.parametrize("name", sorted(build.TOKENIZERS))
+def test_training_a_tokenizer_computes_the_same_with_64_bits_allowed(name):
+    config = tiny_config(tokenizer__name=name)
+    static, parameters, rest = functional(nnx.eval_shape(lambda: build.build_tokenizer_objective(config, rngs=Keys(0))))
+    ids = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    batch = {"image": jax.ShapeDtypeStruct((BATCH, IMAGE_PX, IMAGE_PX, 3), jnp.uint8), "label": ids, "index": ids}
+
+    def loss(parameters: Any, rest: Any, batch: Any, rng: jax.Array) -> Any:
+        return static.merge(parameters, rest).loss(batch, rng, jnp.int32(0), {})
+
+    assert not _wide(loss, parameters, rest, batch, jax.random.key(0))
 
 
 # --- data sources ----------------------------------------------------------------------------------------------------

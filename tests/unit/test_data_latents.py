@@ -1,6 +1,7 @@
 """The cache of tokens: what is written is read, flips read the mirror image, and unfinished caches are noticed."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -178,3 +179,28 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write the latents cache"):
         LatentsWriter(tmp_path / "file", DESCRIPTION)
+
+
+def test_every_flipped_bit_of_the_index_is_refused_or_changes_nothing(tmp_path):
+    before, path = make(tmp_path).description, tmp_path / "index.json"
+    whole = path.read_bytes()
+    for position, bit in itertools.product(range(len(whole)), range(8)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+        try:
+            found = read_description(tmp_path)
+        except DataError:
+            continue
+        assert found == before, (position, bit)
+
+
+def test_an_index_of_release_0_1_0_is_read_with_a_notice_and_an_edited_one_refused(tmp_path, capsys):
+    make(tmp_path)
+    path = tmp_path / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"class_names": ["b", "a"]}))
+    with pytest.raises(DataError, match="damaged or edited"):
+        LatentsSource(tmp_path)
+    del index["seal"]
+    path.write_text(json.dumps(index))
+    assert LatentsSource(tmp_path).class_names == ("a", "b")
+    assert "without a digest" in capsys.readouterr().out

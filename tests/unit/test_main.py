@@ -16,6 +16,7 @@ import pytest
 from ear_jax import command_line, main, tasks
 from ear_jax.config import read
 from ear_jax.errors import CheckError, ConfigError, DataError, NonFiniteError, PreemptedError, StorageError
+from ear_jax.folders import model_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = "--config=configs/lite_hybrid.py"
@@ -66,8 +67,7 @@ def test_values_can_follow_their_flags(calls: list[tuple]) -> None:
 def test_a_model_folder_brings_its_config(calls: list[tuple], tmp_path: Path) -> None:
     stored = read.to_dict(read.resolve({"tokenizer_training": {"steps": 9}, "generator_training": {"steps": 9}}))
     folder = tmp_path / "run7" / "generator" / "model"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"format": "ear_jax model folder", "config": stored}))
+    model_folder.write(folder, stored, {"tokenizer": {}}, ("a",), {})
     for model in (folder, tmp_path / "run7"):
         assert main.main(["--task=sample", f"--model={model}", "--config.sample.labels=(1,2)"]) == 0
         config, workdir, given = calls.pop()

@@ -59,6 +59,45 @@ def test_our_own_file_keeps_everything(tmp_path):
         assert {"mu", "sigma", "mu_s", "sigma_s", "N", "protocol"} == set(file.files) and int(file["N"]) == 100
 
 
+def test_flipped_bits_of_our_own_file_are_refused_or_change_nothing(tmp_path):
+    path = save_reference_statistics(tmp_path / "shapes.npz", _reference())
+    whole, before = path.read_bytes(), load_reference_statistics(path)
+    names = [at for name in (b"N.npy", b"protocol.npy", b"mu_s.npy") for at in _places(whole, name)]
+    rng = np.random.default_rng(0)
+    places = {*names, *rng.integers(0, len(whole), 150).tolist(), *range(len(whole) - 80, len(whole))}
+    for position in sorted(places):
+        flipped = bytes([whole[position] ^ 1 << position % 3])
+        path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+        try:
+            found = load_reference_statistics(path)
+        except DataError:
+            continue
+        assert found.spatial is not None and before.spatial is not None
+        assert (found.pooled.covariance == before.pooled.covariance).all() and found.pooled.count == 100
+        assert (found.spatial.covariance == before.spatial.covariance).all() and found.features == before.features
+        assert (found.source, found.source_digest) == (before.source, before.source_digest)
+
+
+def _places(whole: bytes, name: bytes) -> list[int]:
+    return [at for at in range(len(whole)) if whole.startswith(name, at)]
+
+
+def test_a_file_put_together_from_two_is_refused_and_one_of_release_0_1_0_taken(tmp_path, capsys):
+    path = save_reference_statistics(tmp_path / "shapes.npz", _reference())
+    with np.load(path) as file:
+        arrays = dict(file)
+    with pytest.raises(DataError, match="put together from several"):
+        load_reference_statistics(_write(tmp_path / "mixed.npz", **arrays | {"mu": arrays["mu"] + 1}))
+    protocol = json.loads(str(arrays["protocol"]))
+    edited = protocol | {"source": "others"}
+    with pytest.raises(DataError, match="do not match their digest"):
+        load_reference_statistics(_write(tmp_path / "e.npz", **arrays | {"protocol": np.asarray(json.dumps(edited))}))
+    del protocol["seal"], protocol["arrays"]
+    old = _write(tmp_path / "old.npz", **arrays | {"protocol": np.asarray(json.dumps(protocol))})
+    assert load_reference_statistics(old).source == "shapes train"
+    assert "without a digest" in capsys.readouterr().out
+
+
 def test_statistics_without_their_protocol_are_not_written(tmp_path):
     for change in ({"features": None}, {"pooled": dataclasses.replace(_statistics(), count=None)}):
         with pytest.raises(DataError, match="without their feature network or image count"):

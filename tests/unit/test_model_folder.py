@@ -1,7 +1,9 @@
 """Model folders: exact round trips, replacement, and a clear refusal of every kind of damage."""
 
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ear_jax import files
 from ear_jax.errors import ConfigError, DataError, StorageError
 from ear_jax.folders import model_folder
 from ear_jax.folders import model_folder as tensor_names
@@ -132,6 +135,10 @@ def test_every_byte_of_a_tensor_file_is_guarded(tmp_path):
         (lambda text: "[]", DataError, "JSON object"),
         (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), ConfigError, "schema_version 9"),
         (lambda text: text.replace('"class_names"', '"klass"'), DataError, "lacks class_names"),
+        (lambda text: text.replace('"image_px": 32', '"image_px": 64'), DataError, "does not match its digest.*=seal"),
+        (lambda text: text.replace('"circle"', '"circus"'), DataError, "does not match its digest"),
+        (lambda text: text.replace('"seal"', '"sell"'), DataError, "does not match its digest"),
+        (lambda text: "[" * 100_000, DataError, "not valid JSON"),
     ],
 )
 def test_a_damaged_config_is_named(tmp_path, change, error, match):
@@ -139,6 +146,80 @@ def test_a_damaged_config_is_named(tmp_path, change, error, match):
     path.write_text(change(path.read_text()))
     with pytest.raises(error, match=match):
         model_folder.read(path.parent)
+
+
+def _flips(whole: bytes, every: int) -> Iterator[bytes]:
+    for position, bit in itertools.islice(itertools.product(range(len(whole)), range(8)), 0, None, every):
+        yield whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :]
+
+
+@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_flipped_bit_of_config_json_is_refused_or_changes_nothing(tmp_path, every):
+    folder = _write(tmp_path / "model", picture=None, config_dict={"name": "t", "guidance": 1.5, "px": [8, 16]})
+    path, before = folder / "config.json", model_folder.read_document(folder)
+    document = {**json.loads(path.read_text()), "versions": {"ear_jax": "1"}}
+    whole = json.dumps(files.sealed(document), indent=1).encode()
+    same = 0
+    for flipped in _flips(whole, every):
+        path.write_bytes(flipped)
+        try:
+            found = model_folder.read_document(folder)
+        except (DataError, ConfigError):
+            continue
+        assert found == {**before, "versions": {"ear_jax": "1"}, "seal": found["seal"]}
+        same += 1
+    assert same < 100, "white space alone"
+
+
+def test_files_of_a_model_are_told_apart_and_an_edit_is_sealed(tmp_path, capsys):
+    folder = _write(tmp_path / "model")
+    others = {
+        part: {name: np.asarray(-value - 1) for name, value in named.items()} for part, named in _tensors().items()
+    }
+    other = _write(tmp_path / "other", tensors=others, class_names=("x",))
+    whole = (folder / "generator.safetensors").read_bytes()
+    for blob, match in (
+        ((other / "generator.safetensors").read_bytes(), "tensor file of another model"),
+        (whole[:-2], "cut short"),
+        (whole[:-1] + b"!", "is damaged"),
+    ):
+        (folder / "generator.safetensors").write_bytes(blob)
+        with pytest.raises(DataError, match=match):
+            model_folder.read(folder)
+    (folder / "generator.safetensors").write_bytes(whole)
+    card = (folder / "card.md").read_text()
+    (folder / "card.md").write_text(card + "Mine.")
+    with pytest.raises(DataError, match=r"card\.md is not the file.*=seal"):
+        model_folder.read(folder)
+    text = (folder / "config.json").read_text().replace('"image_px": 32', '"image_px": 16')
+    (folder / "config.json").write_text(text)
+    (folder / "extra.safetensors").write_bytes(whole)
+    (folder / "samples.png").unlink()
+    changed = model_folder.seal(folder)
+    assert [line.partition(":")[0] for line in changed] == ["config.json", "card.md", "samples.png"]
+    capsys.readouterr()
+    assert model_folder.read(folder).config_dict["data"]["image_px"] == 16
+    assert "not saved with the model and is not read: extra.safetensors" in capsys.readouterr().out
+    assert model_folder.seal(folder) == []
+
+
+def test_a_folder_of_release_0_1_0_loads_with_a_notice(tmp_path, capsys):
+    folder = _write(tmp_path / "model")
+    document = json.loads((folder / "config.json").read_text())
+    del document["seal"], document["other_files"]
+    for record in document["files"].values():
+        del record["marks"]
+    (folder / "config.json").write_text(json.dumps(document))
+    assert model_folder.read(folder).class_names == NAMES
+    assert "of release 0.1.0, without a digest" in capsys.readouterr().out
+
+
+def test_equal_tensors_give_equal_files_whatever_their_order(tmp_path):
+    tensors = _tensors()
+    turned = {part: dict(reversed(named.items())) for part, named in tensors.items()}
+    folders = [_write(tmp_path / name, tensors=own) for name, own in (("a", tensors), ("b", turned))]
+    for place in folders[0].iterdir():
+        assert place.read_bytes() == (folders[1] / place.name).read_bytes(), place.name
 
 
 def test_no_model_is_a_config_error(tmp_path):

@@ -1,14 +1,18 @@
 """Progress, TensorBoard and the start report: honest rates, plain lines off a terminal, nothing invented."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from ear_jax.config.schema import Config
+from ear_jax.errors import ConfigError
 from ear_jax.training import report as reports
 from ear_jax.training.ledger import TensorBoard
 from ear_jax.training.progress import Progress, readable_seconds
 from ear_jax.training.report import peak_flops_per_s
+from ear_jax.training.tracker import check_tracker, track
 
 
 class Clock:
@@ -100,6 +104,35 @@ def test_tensorboard_holds_scalars_and_pictures_and_starts_lazily(tmp_path):
     (file,) = (tmp_path / "tb").iterdir()
     content = file.read_bytes()
     assert b"generator/loss" in content and b"samples" in content and b"PNG" in content
+
+
+def test_the_result_is_scalars_and_hparams_and_goes_to_a_tracker_too(tmp_path):
+    logged = []
+    board = TensorBoard(tmp_path, tracker=SimpleNamespace(log=logged.append))
+    board.text(0, "generator/config", '{"seed": 1}')
+    board.result(7, {"seed": 1, "labels": (1, 2), "name": "x"}, {"fd": 2.5})
+    board.close()
+    assert logged == [{"evaluation/fd": 2.5, "step": 7, "stage": "evaluation"}]
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("events*"))
+    assert b"evaluation/fd" in content and b"_hparams_" in content and b'{"seed": 1}' in content
+
+
+def test_a_project_without_the_package_is_refused_before_training(monkeypatch):
+    check_tracker("")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="wandb_project='mine' needs the package wandb"):
+        check_tracker("mine")
+
+
+def test_weights_and_biases_logs_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with track("mine", Config(), tmp_path) as run:
+        TensorBoard(tmp_path / "tb", tracker=run).result(7, {"seed": 1}, {"fd": 2.5})
+    wandb.teardown()  # its service writes the file's last records
+    (file,) = tmp_path.rglob("*.wandb")
+    assert b"evaluation/fd" in file.read_bytes()
 
 
 def test_tensorboard_is_silent_where_disabled_or_not_installed(tmp_path, monkeypatch, caplog):
