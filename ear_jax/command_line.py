@@ -178,7 +178,7 @@ def _base_values(flags: Mapping[str, str]) -> tuple[Mapping[str, Any] | ConfigDi
 def _stored(path: Path) -> Mapping[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give --config=FILE instead.") from error
     values = document.get("config", document) if isinstance(document, dict) else None
     if not isinstance(values, dict):

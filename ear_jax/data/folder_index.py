@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ear_jax.array_files import open_archive
 from ear_jax.data.tree import Dropped, walk
 from ear_jax.errors import StorageError
 from ear_jax.files import atomic_file, cache_folder, digest_of
@@ -63,13 +64,14 @@ def _write(path: Path, items: list[Item], seen: dict[str, int], dropped: Dropped
 def _read(path: Path, dropped: Dropped) -> list[Item] | None:
     """Return the items of an index that still holds, and add what its walk left out."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            for folder, changed in zip(_split(kept["folders"]), kept["times"].tolist(), strict=True):
+        with open_archive(path) as kept:
+            for folder, changed in zip(_split(kept.read("folders")), kept.read("times").tolist(), strict=True):
                 if os.stat(folder).st_mtime_ns != changed:
                     return None
-            names, labels, sizes = _split(kept["names"]), kept["labels"].tolist(), kept["sizes"].tolist()
-            items = list(zip(names, labels, sizes, strict=True))
-            told = zip(_split(kept["reasons"]), _split(kept["examples"]), kept["counts"].tolist(), strict=True)
+            names, labels, sizes = (kept.read(name) for name in ("names", "labels", "sizes"))
+            items = list(zip(_split(names), labels.tolist(), sizes.tolist(), strict=True))
+            reasons, examples, counts = (kept.read(name) for name in ("reasons", "examples", "counts"))
+            told = zip(_split(reasons), _split(examples), counts.tolist(), strict=True)
             for reason, example, count in told:
                 dropped.examples.setdefault(reason, example)
                 dropped.counts[reason] = count

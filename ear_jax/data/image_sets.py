@@ -3,27 +3,24 @@
 Nothing is resized, cropped or left out in silence here: that would change the score.
 """
 
-import contextlib
+import math
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Never, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, Never, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
+from ear_jax.array_files import Archive, Header, open_archive
 from ear_jax.data.images import DamagedImage, DecodeRules, check_header, decode, printable
 from ear_jax.data.tree import Dropped, sub_folders, walk
-from ear_jax.errors import DataError, StorageError
+from ear_jax.errors import DataError
 from ear_jax.files import digest_of
 
 ARRAY = "arr_0"
-_FAULTS = (zipfile.BadZipFile, EOFError, ValueError, zlib.error, NotImplementedError, RuntimeError)
-
-
+_ADVICE = "Expected the file as it was written; copy or make it again."
 GRID_NAME = "grid.png"
 _LABELS = ("label_arr", "arr_1")
 _LOSSY = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp"})
@@ -73,7 +70,7 @@ def open_image_set(
     if where.is_dir():
         return _Folder(where, class_ids or {}, rules or DecodeRules())
     if where.is_file() and where.suffix == ".npz":
-        return _Archive(where, class_ids or {})
+        return _Archive(where, class_ids or {}, rules or DecodeRules())
     raise DataError(
         f"{printable(where)} is neither a folder nor an .npz file. Expected a folder of images, or a file with arr_0 "
         "uint8 [n, height, width, 3]."
@@ -132,56 +129,35 @@ class _Folder:
 
 
 class _Archive:
-    def __init__(self, path: Path, class_ids: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, class_ids: Mapping[str, int], rules: DecodeRules) -> None:
         self.path = path
-        with _opened(path) as file:
-            self.count, height, width, _ = _shape(file, path)
-        self.image_px = _square(path, width, height)
-        with zipfile.ZipFile(path) as archive:
-            self.digest = digest_of(
-                *sorted((entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist())
-            )
-        self.labels, self.notes = _stored_labels(path, self.count, class_ids)
+        with open_archive(path, _ADVICE) as archive:
+            if ARRAY not in archive.names:
+                names = ", ".join(name for name, _, _ in archive.entries[:8]) or "nothing"
+                raise DataError(f"{path} holds no images: expected uint8 {ARRAY} [N,h,w,3], found {names:.500}.")
+            with archive.stream(ARRAY) as (_, header):
+                self.count, height, width, _ = _checked(header, path)
+            self.image_px = _square(path, width, height)
+            if height * width > rules.max_pixels:
+                raise DataError(f"{path}: images of {width} x {height} pixels; at most {rules.max_pixels} are read.")
+            self.digest = digest_of(*sorted(archive.entries))
+            self.labels, self.notes = _stored_labels(archive, path, self.count, class_ids)
 
     def read(self, batch_size: int) -> Iterator[np.ndarray]:
-        with _opened(self.path) as file:
-            shape = _shape(file, self.path)
-            image_bytes = self.image_px**2 * 3
+        image = (self.image_px, self.image_px, 3)
+        with open_archive(self.path, _ADVICE) as archive, archive.stream(ARRAY) as (file, header):
+            if header.shape != (self.count, *image):
+                raise ValueError("it has changed since it was opened")
             for start in range(0, self.count, batch_size):
                 count = min(batch_size, self.count - start)
-                try:
-                    data = file.read(count * image_bytes)
-                except (*_FAULTS, OSError) as error:
-                    raise _damaged(self.path, f"images {start} to {start + count - 1}: {error}") from error
-                if len(data) != count * image_bytes:
-                    raise _damaged(self.path, f"it ends after {start + len(data) // image_bytes} images")
-                yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+                data = file.read(count * math.prod(image))
+                if len(data) != count * math.prod(image):
+                    raise ValueError(f"it ends within images {start} to {start + count - 1}")
+                yield np.frombuffer(data, np.uint8).reshape(count, *image)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipExtFile]:
-    """Give the array in an .npz as a stream."""
-    with contextlib.ExitStack() as stack:
-        try:
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            file = cast(zipfile.ZipExtFile, stack.enter_context(archive.open(f"{ARRAY}.npy")))
-        except KeyError:
-            names = ", ".join(archive.namelist()[:8]) or "nothing"
-            raise DataError(f"{path} holds no images: expected uint8 {ARRAY} [N,h,w,3], found {names}.") from None
-        except _FAULTS as error:
-            raise _damaged(path, str(error)) from error
-        except OSError as error:
-            raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
-        yield file
-
-
-def _shape(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(file)
-    except _FAULTS as error:
-        raise _damaged(path, str(error)) from error
+def _checked(header: Header, path: Path) -> tuple[int, ...]:
+    shape, dtype, is_fortran, _ = header
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or is_fortran or 0 in shape:
         order = ", Fortran order" if is_fortran else ""
         raise DataError(
@@ -191,18 +167,14 @@ def _shape(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
     return shape
 
 
-def _stored_labels(path: Path, count: int, class_ids: Mapping[str, int]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def _stored_labels(
+    archive: Archive, path: Path, count: int, class_ids: Mapping[str, int]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Return class ids int32 [count] of an archive, and what to tell; raises DataError for what could be misread."""
-    with np.load(path, allow_pickle=False) as arrays:
-        name = next((name for name in _LABELS if name in arrays.files), None)
-        if name is None:
-            return None, ()
-        try:
-            given = arrays[name]
-        except ValueError:
-            _refuse_labels(path, name, "holds Python objects, which are not read since reading runs code")
-        except _FAULTS as error:
-            raise _damaged(path, f"{name}: {error}") from error
+    name = next((name for name in _LABELS if name in archive.names), None)
+    if name is None:
+        return None, ()
+    given = archive.read(name)
     what = f"is {given.dtype} {list(given.shape)}"
     if given.shape[:1] != (count,):
         _refuse_labels(path, name, f"{what}, for {count} images")
@@ -240,10 +212,6 @@ def _refuse_labels(path: Path, name: str, what: str) -> Never:
 def _shortened(names: Iterable[str]) -> str:
     listed = [printable(name) for name in names]
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path} is no sound .npz ({what}). Expected the file as it was written; copy or make it again.")
 
 
 def _square(path: Path, width: int, height: int) -> int:

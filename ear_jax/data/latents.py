@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ear_jax.array_files import map_array
 from ear_jax.data.sources import Rows
 from ear_jax.errors import DataError, StorageError
 from ear_jax.files import SEAL, digest_of, is_sound, read_json, sealed, write_json
@@ -122,9 +123,10 @@ class LatentsWriter:
         return int(progress["rows"]) if matches and complete else 0
 
     def _open(self, name: str, shape: tuple[int, ...], dtype: str) -> np.memmap:
-        path = self._folder / f"{name}.npy"
-        mode: Literal["r+", "w+"] = "r+" if self.next_row else "w+"
-        return np.lib.format.open_memmap(path, mode, np.dtype(dtype), (self._rows, *shape))
+        path, shape = self._folder / f"{name}.npy", (self._rows, *shape)
+        if self.next_row:
+            return _open_array(path, shape, dtype, "r+")
+        return np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
 
 
 class LatentsSource:
@@ -212,16 +214,11 @@ def _check(name: str, values: np.ndarray, limit: float, row: int) -> None:
         )
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _open_array(path: Path, shape: tuple[int, ...], dtype: str, mode: Literal["r", "r+"] = "r") -> np.memmap:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as fault:
+        return map_array(path, shape, dtype, mode)
+    except (OSError, ValueError) as fault:
         raise DataError(f"the latents cache file {path} is unreadable ({fault}); delete the cache") from None
-    if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise DataError(
-            f"{path} holds {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}; delete the cache"
-        )
-    return array
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A run keeps the listing of its images, so that a later call can tell the same im
 
 import collections
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -22,6 +23,7 @@ Listing = dict[str, dict[str, int]]
 """Size in bytes (-1: cannot be told) by file name, by folder below the root."""
 
 _SHOWN = 4
+_SMALL_BYTES, _MOST_TIMES = 1 << 20, 32  # unpacked; names and sizes take about six times less when packed
 
 
 def listing_of(config: DataConfig) -> Listing | None:
@@ -84,14 +86,22 @@ def load(path: Path) -> tuple[str, Listing] | None:
         DataError: it is damaged.
     """
     try:
-        document = json.loads(gzip.decompress(path.read_bytes()))  # gzip's own checksum guards it
+        with gzip.open(path) as file:  # its own checksum guards it
+            most = _SMALL_BYTES + _MOST_TIMES * path.stat().st_size
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"it unpacks to more than {most} bytes")
+        document = json.loads(text)
         source, listing = document["source"], document["folders"]
+        sizes = itertools.chain.from_iterable(files.values() for files in listing.values())
+        if not isinstance(source, str) or not all(type(size) is int for size in sizes):
+            raise ValueError("it is no list of files and sizes")
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as fault:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as fault:
         raise DataError(
-            f"{path}, the list of the run's images, is damaged ({fault}). Expected what this program wrote: bring back "
-            "a copy, or delete it when you know that the images are the same."
+            f"{path}, the list of the run's images, is damaged ({fault!s:.200}). Expected what this program wrote: "
+            "bring back a copy, or delete it when you know that the images are the same."
         ) from None
     return source, listing
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ear_jax.array_files import open_archive
 from ear_jax.errors import StorageError
 from ear_jax.files import as_storage_error, check_free_space, digest_of, read_json, write_json
 from ear_jax.folders.pictures import sample_name, save_images, save_npz
@@ -136,8 +137,6 @@ class PackedSampleSet(SampleSet):
     def first(self, count: int) -> np.ndarray:
         """Read them from the front of the .npz, which does not compress."""
         count = min(count, len(self.labels))
-        with np.load(self.path) as stored, stored.zip.open("arr_0.npy") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
+        with open_archive(self.path) as archive, archive.stream("arr_0") as (file, _):
             data = file.read(count * self._image_bytes)
         return np.frombuffer(data, np.uint8).reshape(count, self.image_px, self.image_px, 3)

@@ -4,22 +4,22 @@ The statistics are a file that other evaluators read too; the rows lie beside it
 """
 
 import dataclasses
-import errno
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ear_jax.errors import DataError, StorageError
+from ear_jax.array_files import open_archive
+from ear_jax.errors import DataError
 from ear_jax.files import atomic_file, file_sha256
 from ear_jax.metrics.collector import Collector, Collects, ImageBatch, ScoreSettings
 from ear_jax.metrics.features import FeatureNetwork, feature_protocol
 from ear_jax.metrics.protocol import ROUNDED_BEFORE
 from ear_jax.metrics.reference_files import ReferenceStatistics, load_reference_statistics, save_reference_statistics
+
+_ADVICE = "Build it again with --task=stats, or delete it."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +104,19 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
     rows = rows_path(path)
     if not rows.is_file():
         return Reference(statistics)
-    try:
-        with open(rows, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            features, labels, owner = arrays["features"], arrays["labels"], str(arrays["belongs_to"])
-            names = tuple(arrays["class_names"].tolist()) if "class_names" in arrays.files else ()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what seeking to a damaged offset gives
-            raise StorageError(f"Cannot read {rows}: {error.strerror or error}.") from error
-        raise DataError(f"{rows} is damaged. Build it again with --task=stats, or delete it.") from error
-    except (ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{rows} is damaged ({error}). Build it again with --task=stats, or delete it.") from error
+    with open_archive(rows, _ADVICE) as arrays:
+        features, labels, owner = arrays.read("features"), arrays.read("labels"), str(arrays.read("belongs_to"))
+        names = arrays.read("class_names") if "class_names" in arrays.names else np.zeros(0, np.str_)
+    kinds = (features.dtype.kind, labels.dtype.kind, names.dtype.kind)
+    if kinds not in (("f", "i", "U"), ("f", "u", "U")) or (features.ndim, labels.ndim, names.ndim) != (2, 1, 1):
+        raise DataError(
+            f"{rows} is damaged (features {features.dtype} {list(features.shape)}, labels {labels.dtype}). {_ADVICE}"
+        )
     if owner != statistics.digest:
         raise DataError(
             f"{rows} was made with other statistics than {path}. Copy both files, or build them with --task=stats."
         )
-    return Reference(statistics, features, labels if len(labels) == len(features) else None, names)
+    return Reference(statistics, features, labels if len(labels) == len(features) else None, tuple(names.tolist()))
 
 
 def rows_path(path: str | os.PathLike[str]) -> Path:

@@ -5,19 +5,17 @@ Nothing is ever unpickled.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ear_jax.errors import DataError, StorageError
+from ear_jax.array_files import open_archive
+from ear_jax.errors import DataError
 from ear_jax.files import atomic_file, file_sha256, is_sound, sealed
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.statistics import FeatureStatistics
@@ -26,7 +24,7 @@ from ear_jax.weights.tensor_file import read_tensors
 FORMAT = "ear_jax reference statistics 1"
 _ADVICE = "Build the reference again with --task=stats, or copy the file again."
 _ASYMMETRY = 1e-5
-_FAULTS = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, NotImplementedError, MemoryError)
+_LONGEST_PROTOCOL = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +87,13 @@ def load_reference_statistics(path: str | os.PathLike[str]) -> ReferenceStatisti
     path = Path(path)
     if not path.is_file():
         raise DataError(f"No reference statistics at {path}. Build them: --task=stats --config.data.source=SOURCE.")
-    try:
-        # torch-fidelity keeps numpy arrays in its cache; its forks also tensors.
-        is_torch = path.suffix in (".pt", ".pth")
-        arrays = read_tensors(path, is_numpy_allowed=True) if is_torch else _npz_arrays(path)
-        digest = file_sha256(path)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what seeking to a damaged offset gives
-            raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
-        raise DataError(f"{path} holds no sound statistics (a damaged offset). {_ADVICE}") from error
-    except _FAULTS as error:
-        raise DataError(f"{path} holds no sound statistics ({type(error).__name__}: {error}). {_ADVICE}") from error
+    # torch-fidelity keeps numpy arrays in its cache; its forks also tensors.
+    is_torch = path.suffix in (".pt", ".pth")
+    arrays = read_tensors(path, is_numpy_allowed=True) if is_torch else _npz_arrays(path)
+    digest = file_sha256(path)
     if "mu" not in arrays or "sigma" not in arrays:
         images = " It holds images: give it as what to compare with, not as statistics." if "arr_0" in arrays else ""
-        names = ", ".join(sorted(arrays)[:8]) or "nothing"
+        names = ", ".join(name[:80] for name in sorted(arrays)[:8]) or "nothing"
         raise DataError(f"{path} holds {names}; expected the arrays mu and sigma.{images}")
     protocol = _protocol(arrays, path)
     count = _count(arrays, path)
@@ -149,18 +140,12 @@ def check_reference(reference: ReferenceStatistics, features: FeatureProtocol, w
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    # Opened here, because numpy leaves a file open that turns out not to be a zip.
-    with open(path, "rb") as stream:
-        file = np.load(stream, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array, not an .npz")
-        wanted = ("mu", "sigma", "mu_s", "sigma_s", "N", "protocol")
-        arrays = {name: file[name] for name in wanted if name in file.files}
-        assert file.zip is not None
-        for member in file.zip.infolist():
-            file.zip.open(member).close()  # refuses a name that differs between the directory and the member
+    with open_archive(path, _ADVICE) as archive:
+        limits = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None, "N": 8, "protocol": _LONGEST_PROTOCOL}
         # Images may be many gigabytes; that they are there is all that matters.
-        return arrays | {name: np.empty(0) for name in file.files if name not in wanted}
+        return {name: archive.read(name, most_bytes=limits[name]) for name in limits if name in archive.names} | {
+            name: np.empty(0) for name in archive.names if name not in limits
+        }
 
 
 def _protocol(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Any] | None:
@@ -169,7 +154,8 @@ def _protocol(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Any] | 
     try:
         protocol = json.loads(str(arrays["protocol"]))
         fields = {field.name for field in dataclasses.fields(FeatureProtocol)}
-        if protocol["format"] == FORMAT and set(protocol["features"]) == fields:
+        is_known = protocol["format"] == FORMAT and protocol["features"].keys() == fields
+        if is_known and isinstance(protocol["source"], str) and isinstance(protocol["source_digest"], str | None):
             if is_sound(protocol) is None:
                 print(f"{path} is of release 0.1.0, without a digest: taken as it is.", flush=True)
                 return protocol
@@ -179,9 +165,9 @@ def _protocol(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Any] | 
                 f"{path} is not what was written: its arrays or its protocol do not match their digest; the file was "
                 f"damaged, edited or put together from several. {_ADVICE}"
             )
-        what = f"its format is {protocol['format']!r}"
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"its protocol is unreadable: {error}"
+        what = f"its format is {protocol['format']!r:.80}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"its protocol is unreadable: {error!s:.200}"
     raise DataError(f"{path}: {what}; expected {FORMAT!r}. {_ADVICE}")
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from ear_jax.array_files import open_archive
 from ear_jax.config.schema import Config
 from ear_jax.data.image_sets import ImageSet, open_image_set
 from ear_jax.data.loader import eval_batches
@@ -183,7 +183,7 @@ def class_ids(class_names: Iterable[str]) -> dict[str, int]:
 
 
 def _from_path(session: Session, network: FeatureNetwork, path: Path, names: tuple[str, ...]) -> Reference:
-    has_images = path.is_dir() or (path.suffix == ".npz" and zipfile.is_zipfile(path) and _holds(path, "arr_0"))
+    has_images = path.is_dir() or (path.suffix == ".npz" and path.is_file() and _holds(path, "arr_0"))
     if not has_images:
         return _by_name(session, load_reference(path), names, path)
     images = open_image_set(path, class_ids=class_ids(names))
@@ -220,8 +220,8 @@ def _by_name(session: Session, reference: Reference, names: tuple[str, ...], pat
 
 
 def _holds(path: Path, name: str) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return f"{name}.npy" in archive.namelist()
+    with open_archive(path) as archive:
+        return name in archive.names
 
 
 def make_stats(session: Session) -> None:

@@ -120,7 +120,7 @@ def read(path: str | os.PathLike[str], *, with_superseded: bool = False) -> list
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if not isinstance(record, dict):
             continue

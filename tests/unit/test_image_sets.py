@@ -179,7 +179,7 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"found mu\.npy"):
         open_image_set(write(tmp_path / "x.npz", mu=np.zeros(3)))
     for wrong in (pictures(0), pictures(2).astype(np.float32), pictures(2)[..., :1], pictures(2)[0], np.array([None])):
-        with pytest.raises(DataError, match="Expected uint8"):
+        with pytest.raises(DataError, match="Expected uint8|arr_0: it holds Python objects"):
             open_image_set(write(tmp_path / "x.npz", arr_0=wrong))
     with pytest.raises(DataError, match="Fortran"):
         open_image_set(write(tmp_path / "x.npz", arr_0=np.asfortranarray(pictures(3))))
@@ -198,5 +198,5 @@ def test_damaged_images_are_refused_where_they_are_met(tmp_path):
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50, 5, 5, 3)})
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + pictures(20).tobytes())
-    with pytest.raises(DataError, match="ends after 20 images"):
-        read(open_image_set(tmp_path / "short.npz"))
+    with pytest.raises(DataError, match="arr_0 should be 3750 bytes and is 1500"):
+        open_image_set(tmp_path / "short.npz")
