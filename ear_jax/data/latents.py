@@ -181,7 +181,16 @@ def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
         raise DataError(f"the latents cache {directory} is of another version; delete it to remake it")
     try:
         levels = tuple(LevelSpec(**level) for level in index.pop("levels"))
-        return CacheDescription(levels=levels, class_names=tuple(index.pop("class_names")), **index)
+        found = CacheDescription(levels=levels, class_names=tuple(index.pop("class_names")), **index)
+        counts = [found.images, found.shards, *(n for level in levels for n in (level.grid, level.size))]
+        texts = [found.digest, *found.class_names, *(level.name for level in levels)]
+        if not (all(type(n) is int and n > 0 for n in counts) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("a count is no number above 0, or a name no text")
+        if found.dtype not in _LARGEST or {level.kind for level in levels} - {"discrete", "continuous"}:
+            raise TypeError(
+                f"it has dtype {found.dtype!r:.40} and levels of the kinds {[v.kind for v in levels]!r:.80}"
+            )
+        return found
     except (KeyError, TypeError) as fault:
         raise DataError(f"{directory}/{_INDEX} is damaged ({fault}); delete the cache to have it made again") from None
 
@@ -218,6 +227,8 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: str, mode: Literal["r
     try:
         return map_array(path, shape, dtype, mode)
     except (OSError, ValueError) as fault:
+        if mode == "r+" and isinstance(fault, OSError):
+            raise
         raise DataError(f"the latents cache file {path} is unreadable ({fault}); delete the cache") from None
 
 

@@ -141,7 +141,7 @@ def check_reference(reference: ReferenceStatistics, features: FeatureProtocol, w
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     with open_archive(path, _ADVICE) as archive:
-        limits = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None, "N": 8, "protocol": _LONGEST_PROTOCOL}
+        limits = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None, "N": 64, "protocol": _LONGEST_PROTOCOL}
         # Images may be many gigabytes; that they are there is all that matters.
         return {name: archive.read(name, most_bytes=limits[name]) for name in limits if name in archive.names} | {
             name: np.empty(0) for name in archive.names if name not in limits

@@ -179,7 +179,7 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"found mu\.npy"):
         open_image_set(write(tmp_path / "x.npz", mu=np.zeros(3)))
     for wrong in (pictures(0), pictures(2).astype(np.float32), pictures(2)[..., :1], pictures(2)[0], np.array([None])):
-        with pytest.raises(DataError, match="Expected uint8|arr_0: it holds Python objects"):
+        with pytest.raises(DataError, match=r"Expected uint8|arr_0: it holds Python objects"):
             open_image_set(write(tmp_path / "x.npz", arr_0=wrong))
     with pytest.raises(DataError, match="Fortran"):
         open_image_set(write(tmp_path / "x.npz", arr_0=np.asfortranarray(pictures(3))))

@@ -1,18 +1,22 @@
-"""Thousands of damaged and hostile files of weights, read under a limit of memory and of time.
+"""Thousands of damaged and hostile files of weights, statistics, images and caches, read under limits.
 
 python tests/unit/weights_fuzz.py SEED COUNT FOLDER: status 0 and a line of counts, or the first file that fell.
 """
 
 import collections
+import contextlib
 import json
 import pickle
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import array_fuzz
 import numpy as np
 from legacy_torch_file import CONTENT
 from torch_files import save, tensor_code, write_archive
@@ -116,6 +120,14 @@ def hostile_file(rng: random.Random, folder: Path) -> Path:
     return path
 
 
+def hostile_reading(rng: random.Random, folder: Path) -> Callable[[], object]:
+    """Write a file drawn at random and return what reads it."""
+    if rng.random() < 0.5:
+        return rng.choice(array_fuzz.MAKERS)(rng, folder, _mutated)
+    path, is_numpy_allowed = hostile_file(rng, folder), rng.random() < 0.5
+    return lambda: read_tensors(path, is_numpy_allowed=is_numpy_allowed)
+
+
 def _too_long(number: int, frame: object) -> None:
     raise TimeoutError(f"longer than {SECONDS} s")
 
@@ -131,15 +143,16 @@ def read_all(seed: int, count: int, folder: Path) -> str:
     watched = ("exec", "import", "os.", "subprocess")
     sys.addaudithook(lambda event, what: events.append(f"{event} {what}"[:80]) if event.startswith(watched) else None)
     for number in range(count):
-        path = hostile_file(rng, folder)
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        read = hostile_reading(rng, folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if number > 20:  # what is imported late has been imported
             limit = _address_space() + MEMORY_BASE + MEMORY_PER_BYTE * size
             resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
         events.clear()
         signal.alarm(SECONDS)
         try:
-            read_tensors(path, is_numpy_allowed=rng.random() < 0.5)
+            with contextlib.redirect_stdout(None):
+                read()
             outcome = "read"
         except DataError as error:
             outcome = "refused" if len(str(error)) < 3000 else f"a message of {len(str(error))} characters"
@@ -149,11 +162,11 @@ def read_all(seed: int, count: int, folder: Path) -> str:
             signal.alarm(0)
             resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
         if outcome not in ("read", "refused") or (number > 20 and events):
-            kept = path.rename(folder.parent / f"fell_{seed}_{number}{''.join(path.suffixes)}")
+            kept = folder.rename(folder.with_name(f"fell_{seed}_{number}"))
             raise AssertionError(f"file {number} of seed {seed} ({size} bytes, {kept}): {outcome}; did {events[:5]}")
         outcomes[outcome] += 1
-        for file in folder.iterdir():
-            file.unlink()
+        shutil.rmtree(folder)
+        folder.mkdir()
     return f"{count} files: {dict(outcomes)}"
 
 
