@@ -80,7 +80,8 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the JSON object in a file, or None when there is no file or no object in it; StorageError if forbidden."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        # As text: of bytes json guesses the encoding.
+        value = json.loads(Path(path).read_text("utf-8").removeprefix("\ufeff"))
     except (ValueError, RecursionError, FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

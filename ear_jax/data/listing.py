@@ -91,7 +91,7 @@ def load(path: Path) -> tuple[str, Listing] | None:
             text = file.read(most + 1)
         if len(text) > most:
             raise ValueError(f"it unpacks to more than {most} bytes")
-        document = json.loads(text)
+        document = json.loads(text.decode("utf-8"))
         source, listing = document["source"], document["folders"]
         sizes = itertools.chain.from_iterable(files.values() for files in listing.values())
         if not isinstance(source, str) or not all(type(size) is int for size in sizes):

@@ -31,20 +31,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Element types by torch's name; quantised ones are not among them."""
 
 _STORAGES: dict[str, str | None] = {
-    "torch.DoubleStorage": "float64",
-    "torch.FloatStorage": "float32",
-    "torch.HalfStorage": "float16",
-    "torch.BFloat16Storage": "bfloat16",
-    "torch.ComplexDoubleStorage": "complex128",
-    "torch.ComplexFloatStorage": "complex64",
-    "torch.LongStorage": "int64",
-    "torch.IntStorage": "int32",
-    "torch.ShortStorage": "int16",
-    "torch.CharStorage": "int8",
-    "torch.ByteStorage": "uint8",
-    "torch.BoolStorage": "bool",
-    "torch.UntypedStorage": None,
-    "torch.storage.UntypedStorage": None,
+    **{"torch.DoubleStorage": "float64", "torch.FloatStorage": "float32", "torch.HalfStorage": "float16"},
+    **{"torch.ComplexDoubleStorage": "complex128", "torch.ComplexFloatStorage": "complex64"},
+    **{"torch.LongStorage": "int64", "torch.IntStorage": "int32", "torch.ShortStorage": "int16"},
+    **{"torch.CharStorage": "int8", "torch.ByteStorage": "uint8", "torch.BoolStorage": "bool"},
+    **{"torch.BFloat16Storage": "bfloat16", "torch.UntypedStorage": None, "torch.storage.UntypedStorage": None},
 }
 # Named, and perhaps "called" with arguments that are thrown away.
 _INERT_CALLS = {
@@ -159,11 +150,14 @@ def load(file: mmap, extent: Extent, places: Mapping[str, Extent] | None) -> Rea
     program = _Program(file, extent)
     unpickler = _Unpickler(program, places, extent.size, len(file))
     try:
-        return Read(unpickler.load(), unpickler.storages, program.position)
+        root = unpickler.load()
     except (IndexError, struct.error, pickle.UnpicklingError) as error:
         raise Unreadable(f"its pickle is cut or uses values that are not there ({str(error)[:80]})") from None
     except UnicodeError:
         raise Unreadable("its pickle holds a text that is not UTF-8") from None
+    if unpickler.stack or unpickler.metastack:
+        raise Unreadable("its pickle leaves values or instructions over")
+    return Read(root, unpickler.storages, program.position)
 
 
 class _Program:
@@ -202,22 +196,17 @@ class _Instructions(dict[int, Callable[["_Unpickler"], None]]):
         return super().__getitem__(code)
 
 
-# In Python, not in C: the latter's memo grows to the largest index that a pickle names, whatever the file's size.
-class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, less every instruction that builds by calling, importing or setting attributes."""
+_Python: Any = pickle._Unpickler  # not the one in C, whose memo grows to the largest index that a pickle names
 
-    stack: list[Any]
-    metastack: list[list[Any]]
-    append: Callable[[Any], None]
-    pop_mark: Callable[[], list[Any]]
-    read: Callable[[int], bytes]
-    load_stop: Callable[[], None]
+
+class _Unpickler(_Python):
+    """Python's unpickler, less every instruction that builds by calling, importing or setting attributes."""
 
     def __init__(
         self, program: _Program, places: Mapping[str, Extent] | None, program_bytes: int, file_bytes: int
     ) -> None:
         super().__init__(program)
-        self.dispatch = _Instructions(_HANDLERS)  # pyright: ignore[reportAttributeAccessIssue]
+        self.dispatch = _Instructions(_HANDLERS)
         self.storages: dict[str, Storage] = {}
         self._places, self._file_bytes = places, file_bytes
         self._left = program_bytes  # for texts made bytes: one text may be named a million times
@@ -271,22 +260,19 @@ class _Unpickler(pickle._Unpickler):
             raise Unreadable(f"storage {key[:80]!r} is used both as {known.dtype} and as {dtype}")
         return known
 
-    def _tensor(self, arguments: tuple[Any, ...]) -> Tensor:
-        """Read (storage, offset, size, strides) with requires_grad, hooks and metadata after them."""
-        if any(arguments[6:]):
-            raise Unreadable("a tensor is stored negated or conjugated; save it with .resolve_neg().resolve_conj()")
-        return self._checked(arguments, None)
-
     def _typed_tensor(self, arguments: tuple[Any, ...]) -> Tensor:
-        """Read the same with the element type in front of the metadata."""
+        """Read what `_tensor` reads, with the element type in front of the metadata."""
         dtype = arguments[6]
         name = dtype.path.removeprefix("torch.") if isinstance(dtype, Name) else None
-        if name not in DTYPES or any(arguments[7:]):
-            raise Unreadable("a tensor has no element type, or is stored negated or conjugated")
-        return self._checked(arguments, name)
+        if name not in DTYPES:
+            raise Unreadable("a tensor has no element type")
+        return self._tensor(arguments[:6] + arguments[7:], name)
 
-    def _checked(self, arguments: tuple[Any, ...], dtype: str | None) -> Tensor:
+    def _tensor(self, arguments: tuple[Any, ...], dtype: str | None = None) -> Tensor:
+        """Read (storage, offset, size, strides) with requires_grad, hooks and metadata after them."""
         storage, offset, size, strides = arguments[:4]
+        if any(arguments[6:]):
+            raise Unreadable("a tensor is stored negated or conjugated; save it with .resolve_neg().resolve_conj()")
         if not isinstance(storage, Storage):
             raise Unreadable("a tensor lies on no storage")
         dtype = dtype or storage.dtype
@@ -318,17 +304,6 @@ class _Unpickler(pickle._Unpickler):
             raise Unreadable("its pickle encodes texts again and again, to more bytes than it has")
         return text.encode("latin1")
 
-    def _stop(self) -> None:
-        if len(self.stack) != 1 or self.metastack:
-            raise Unreadable("its pickle leaves values or instructions over")
-        self.load_stop()
-
-    def _skip_protocol(self) -> None:
-        self.read(1)
-
-    def _skip_frame(self) -> None:
-        self.read(8)
-
     def _stack_global(self) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(attribute, str):
@@ -357,14 +332,7 @@ class _Unpickler(pickle._Unpickler):
         elif not (isinstance(target, dict) and isinstance(state, dict)) and not isinstance(target, Inert):
             raise Unreadable(f"its pickle sets the attributes of a {type(target).__name__}")
 
-    def _set(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._fill_table([key, value])
-
-    def _set_many(self) -> None:
-        self._fill_table(self.pop_mark())
-
-    def _fill_table(self, items: list[Any]) -> None:
+    def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Inert):
             return
@@ -378,52 +346,38 @@ class _Unpickler(pickle._Unpickler):
                 raise Unreadable(f"a dictionary holds the key {str(place)[:80]!r} twice")
             target[place] = value
 
-    def _append(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def _append_many(self) -> None:
-        self._extend(self.pop_mark())
-
-    def _extend(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, list):
-            raise Unreadable(f"its pickle appends to a {type(target).__name__}")
-        target.extend(values)
-
-    def _empty_set(self) -> None:
-        self.append(Inert("builtins.set"))
-
-    def _fill_set(self) -> None:
-        self.pop_mark()
-        if not isinstance(self.stack[-1], Inert):
-            raise Unreadable("its pickle adds to what is not a set")
-
     def _frozen_set(self) -> None:
         self.pop_mark()
         self.append(Inert("builtins.frozenset"))
+
+    def _extend(self, kind: type, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, kind):
+            raise Unreadable(f"its pickle appends to a {type(target).__name__}")
+        if isinstance(target, list):  # what a set holds is not kept
+            target.extend(values)
 
 
 _TAKEN_OVER = (
     *("MARK", "POP", "POP_MARK", "DUP", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "GLOBAL", "BINPERSID"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"),
+    *("STOP", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"),
 )
 _HANDLERS: dict[int, Any] = {
     **{code: pickle._Unpickler.dispatch[code] for name in _TAKEN_OVER for code in getattr(pickle, name)},
-    pickle.STOP[0]: _Unpickler._stop,
-    pickle.PROTO[0]: _Unpickler._skip_protocol,
-    pickle.FRAME[0]: _Unpickler._skip_frame,
+    pickle.PROTO[0]: lambda self: self.read(1),
+    pickle.FRAME[0]: lambda self: self.read(8),
     pickle.STACK_GLOBAL[0]: _Unpickler._stack_global,
     pickle.REDUCE[0]: _Unpickler._call,
     pickle.NEWOBJ[0]: _Unpickler._call,
     pickle.BUILD[0]: _Unpickler._build,
-    pickle.SETITEM[0]: _Unpickler._set,
-    pickle.SETITEMS[0]: _Unpickler._set_many,
-    pickle.APPEND[0]: _Unpickler._append,
-    pickle.APPENDS[0]: _Unpickler._append_many,
-    pickle.EMPTY_SET[0]: _Unpickler._empty_set,
-    pickle.ADDITEMS[0]: _Unpickler._fill_set,
+    pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
+    pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
+    pickle.APPEND[0]: lambda self: self._extend(list, [self.stack.pop()]),
+    pickle.APPENDS[0]: lambda self: self._extend(list, self.pop_mark()),
+    pickle.EMPTY_SET[0]: lambda self: self.append(Inert("builtins.set")),
+    pickle.ADDITEMS[0]: lambda self: self._extend(Inert, self.pop_mark()),
     pickle.FROZENSET[0]: _Unpickler._frozen_set,
 }
 
