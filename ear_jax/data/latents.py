@@ -192,7 +192,9 @@ def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
             )
         return found
     except (KeyError, TypeError) as fault:
-        raise DataError(f"{directory}/{_INDEX} is damaged ({fault}); delete the cache to have it made again") from None
+        raise DataError(
+            f"{directory}/{_INDEX} is damaged ({fault!s:.200}); delete the cache to have it made again"
+        ) from None
 
 
 def is_complete(directory: str | os.PathLike[str], description: CacheDescription) -> bool:
@@ -229,7 +231,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: str, mode: Literal["r
     except (OSError, ValueError) as fault:
         if mode == "r+" and isinstance(fault, OSError):
             raise
-        raise DataError(f"the latents cache file {path} is unreadable ({fault}); delete the cache") from None
+        raise DataError(f"the latents cache file {path} is unreadable ({fault!s:.200}); delete the cache") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

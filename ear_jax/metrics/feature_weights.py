@@ -17,7 +17,7 @@ from ear_jax.files import file_sha256
 from ear_jax.weights.download import PublicFile, fetch
 from ear_jax.weights.entries import Entry
 from ear_jax.weights.families import inception, lpips
-from ear_jax.weights.tensor_file import read_tensors
+from ear_jax.weights.tensor_file import open_tensors
 
 INCEPTION = PublicFile(
     name="pt_inception-2015-12-05-6726825d.pth",
@@ -134,7 +134,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], str]:
             f"{file} is damaged: its name promises a SHA-256 beginning with {named.group(1)}, but it is {digest}. "
             "Download it again."
         )
-    return read_tensors(file), digest
+    return open_tensors(file).arrays, digest
 
 
 def _converted(

@@ -19,7 +19,7 @@ from ear_jax.errors import DataError
 from ear_jax.files import atomic_file, file_sha256, is_sound, sealed
 from ear_jax.metrics.protocol import FeatureProtocol
 from ear_jax.metrics.statistics import FeatureStatistics
-from ear_jax.weights.tensor_file import read_tensors
+from ear_jax.weights.tensor_file import open_tensors
 
 FORMAT = "ear_jax reference statistics 1"
 _ADVICE = "Build the reference again with --task=stats, or copy the file again."
@@ -89,7 +89,7 @@ def load_reference_statistics(path: str | os.PathLike[str]) -> ReferenceStatisti
         raise DataError(f"No reference statistics at {path}. Build them: --task=stats --config.data.source=SOURCE.")
     # torch-fidelity keeps numpy arrays in its cache; its forks also tensors.
     is_torch = path.suffix in (".pt", ".pth")
-    arrays = read_tensors(path, is_numpy_allowed=True) if is_torch else _npz_arrays(path)
+    arrays = open_tensors(path, is_numpy_allowed=True).arrays if is_torch else _npz_arrays(path)
     digest = file_sha256(path)
     if "mu" not in arrays or "sigma" not in arrays:
         images = " It holds images: give it as what to compare with, not as statistics." if "arr_0" in arrays else ""

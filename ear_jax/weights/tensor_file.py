@@ -5,12 +5,14 @@ read-only views of the mapped file, so that memory is taken by what a caller mak
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from ear_jax.weights.tables import PREFERRED
 
 _SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")
 _LARGEST_INDEX = 64 << 20
+_Views = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 _ADVICE = (
     "Nothing in it was run. If it comes from its authors, save it as safetensors with the software that wrote it: "
     "safetensors.torch.save_file(state_dict, FILE)."
@@ -49,13 +52,14 @@ class TensorFile:
     """The files that an index names, where the file is one."""
 
 
-def read_tensors(
+def open_tensors(
     path: str | os.PathLike[str],
     *,
     weights: str = "auto",
     preferred: Sequence[str] = PREFERRED,
     is_numpy_allowed: bool = False,
-) -> dict[str, np.ndarray]:
+    setting: str = "weights",
+) -> TensorFile:
     """Return named arrays of a file as read-only views of it, in the file's own layouts and element types.
 
     Args:
@@ -67,52 +71,43 @@ def read_tensors(
             averaged weights and it is the only such table, else refused. `raw` is `auto` without what looks averaged.
         preferred: Names for `auto`, best first.
         is_numpy_allowed: Float arrays of numpy inside a torch file count as tensors.
+        setting: The key or argument that chooses, named in messages.
 
     Raises:
         DataError: the file is missing, damaged, in another format or asks for anything but tensors and plain
             containers, or has no such table; nothing of it was run.
         StorageError: the file cannot be read.
     """
-    return open_tensors(path, weights=weights, preferred=preferred, is_numpy_allowed=is_numpy_allowed).arrays
-
-
-def open_tensors(
-    path: str | os.PathLike[str],
-    *,
-    weights: str = "auto",
-    preferred: Sequence[str] = PREFERRED,
-    is_numpy_allowed: bool = False,
-    setting: str = "weights",
-) -> TensorFile:
-    """Return what `read_tensors` returns, and which table was taken; `setting` chooses it, in messages."""
     try:
         file = map_file(Path(path))
         shards: tuple[Path, ...] = ()
         if file[:1] == b"{" and str(path).endswith(".index.json"):
             arrays, shards = _sharded(Path(path), file)
-            chosen = tables.choose(tables.Found({"": arrays}, {}, []), weights, preferred, setting)
-            return TensorFile(chosen.tensors, chosen.path, chosen.passed_over, shards)
-        if _SHARD.search(Path(path).name):
+            found, views = tables.Found({"": arrays}, {}, []), dict
+        elif _SHARD.search(Path(path).name):
             raise tables.NoTable("it is one of several files that hold one table; give their *.index.json instead.")
-        if file.find(torch_file.ZIP_MAGIC, 0, 4) == 0 or file[:15] == torch_file.LEGACY_MAGIC:
-            root, is_big_endian = torch_file.read(file)
-            chosen = tables.choose(tables.find(root, is_numpy_allowed), weights, preferred, setting)
-            arrays = torch_file.arrays(file, chosen.tensors, is_big_endian)
         else:
-            found = tables.Found({"": _safetensors(Path(path), file)}, {}, [])
-            chosen = tables.choose(found, weights, preferred, setting)
-            arrays = chosen.tensors
-        return TensorFile(arrays, chosen.path, chosen.passed_over)
+            found, views = _read(Path(path), file, is_numpy_allowed)
+        chosen = tables.choose(found, weights, preferred, setting)
+        return TensorFile(views(chosen.tensors), chosen.path, chosen.passed_over, shards)
     except Unreadable as fault:
         raise DataError(f"{path} is not usable: {fault}. {_ADVICE}") from None
     except tables.NoTable as fault:
         raise DataError(f"{path}: {fault}") from None
 
 
-def _safetensors(path: Path, file: mmap) -> dict[str, np.ndarray]:
+def _read(path: Path, file: mmap, is_numpy_allowed: bool) -> tuple[tables.Found, _Views]:
+    """Return the tables of one file, and what makes arrays of one of them."""
+    if file[:4] == torch_file.ZIP_MAGIC or file[:15] == torch_file.LEGACY_MAGIC:
+        root, is_big_endian = torch_file.read(file)
+        views = functools.partial(torch_file.arrays, file, is_big_endian=is_big_endian)
+        return tables.find(root, is_numpy_allowed), views
     if file[8:9] == b"{" and int.from_bytes(file[:8], "little") < len(file):
-        return safetensors_file.views(path, file)
-    raise Unreadable(_diagnosis(file))
+        return tables.Found({"": safetensors_file.views(path, file)}, {}, []), dict
+    for offset, magic, meaning in _OTHER_FORMATS:
+        if file[offset : offset + len(magic)] == magic:
+            raise Unreadable(f"it {meaning}")
+    raise Unreadable(f"it is neither safetensors nor a file of torch (it begins with {file[:8]!r})")
 
 
 def _sharded(path: Path, file: mmap) -> tuple[dict[str, np.ndarray], tuple[Path, ...]]:
@@ -132,13 +127,8 @@ def _sharded(path: Path, file: mmap) -> tuple[dict[str, np.ndarray], tuple[Path,
     for place, wanted in names.items():
         if place != Path(place).name or place in ("", "..") or not place.isprintable() or len(place) > 200:
             raise Unreadable(f"it names the file {place[:80]!r}; shards lie beside their index")
-        shard = map_file(path.parent / place)
-        if shard[:4] == torch_file.ZIP_MAGIC or shard[:15] == torch_file.LEGACY_MAGIC:
-            root, is_big_endian = torch_file.read(shard)
-            held = tables.find(root, False).tables.get("", {})
-            own = torch_file.arrays(shard, held, is_big_endian)
-        else:
-            own = _safetensors(path.parent / place, shard)
+        found, views = _read(path.parent / place, map_file(path.parent / place), False)
+        own = views(found.tables.get("", {}))
         if own.keys() != wanted:
             raise Unreadable(
                 f"its shard {place[:80]!r} and the index differ in "
@@ -146,10 +136,3 @@ def _sharded(path: Path, file: mmap) -> tuple[dict[str, np.ndarray], tuple[Path,
             )
         arrays |= own
     return arrays, tuple(path.parent / place for place in names)
-
-
-def _diagnosis(file: mmap) -> str:
-    for offset, magic, meaning in _OTHER_FORMATS:
-        if file[offset : offset + len(magic)] == magic:
-            return f"it {meaning}"
-    return f"it is neither safetensors nor a file of torch (it begins with {file[:8]!r})"

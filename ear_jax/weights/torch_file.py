@@ -149,10 +149,8 @@ def _entries(file: mmap) -> dict[str, Extent]:
         raise Unreadable("the archive has an entry whose name is not text") from None
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
         raise Unreadable(f"the archive's directory is malformed ({str(error)[:80]})") from None
-    if len(listed) < count:
-        raise Unreadable(f"the archive's directory is malformed or shorter than its count of {count} entries")
-    if len(listed) > count:
-        raise Unreadable(f"the archive's directory has {len(listed) - count} entries beyond its {count} entries")
+    if len(listed) != count:
+        raise Unreadable(f"the archive's directory has {len(listed)} entries, and says {count}")
     entries: dict[str, Extent] = {}
     spans = [(directory, directory, "the directory")]
     for info in listed:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from torch_files import save
+from torch_files import read_tensors, save
 
 from ear_jax import build
 from ear_jax.config import read
@@ -26,7 +26,6 @@ from ear_jax.weights import safetensors_file
 from ear_jax.weights.apply import ours_of, theirs_of
 from ear_jax.weights.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
 from ear_jax.weights.families import registry
-from ear_jax.weights.tensor_file import read_tensors
 
 CLASSES = 3
 FLOAT = np.dtype(np.float32)

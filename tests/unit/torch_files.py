@@ -11,6 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ear_jax.weights.tensor_file import open_tensors
+
 STORAGES = {
     np.dtype("<f8"): "DoubleStorage",
     np.dtype("<f4"): "FloatStorage",
@@ -25,6 +27,11 @@ STORAGES = {
     np.dtype("?"): "BoolStorage",
 }
 UNTYPED = {np.dtype("<u2"): "uint16", np.dtype(ml_dtypes.float8_e4m3fn): "float8_e4m3fn"}
+
+
+def read_tensors(path: Path, **options: Any) -> dict[str, np.ndarray]:
+    """Return the arrays of a file by name."""
+    return open_tensors(path, **options).arrays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

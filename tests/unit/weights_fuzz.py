@@ -19,10 +19,9 @@ from pathlib import Path
 import array_fuzz
 import numpy as np
 from legacy_torch_file import CONTENT
-from torch_files import save, tensor_code, write_archive
+from torch_files import read_tensors, save, tensor_code, write_archive
 
 from ear_jax.errors import DataError
-from ear_jax.weights.tensor_file import read_tensors
 from ear_jax.weights.torch_file import LEGACY_MAGIC
 
 MEMORY_PER_BYTE, MEMORY_BASE, SECONDS = 300, 64 << 20, 10
