@@ -138,7 +138,7 @@ def _address_space() -> int:
 def read_all(seed: int, count: int, folder: Path) -> str:
     """Read `count` files; AssertionError for the first that is neither read nor refused within the limits."""
     rng, outcomes, events = random.Random(seed), collections.Counter[str](), []
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)  # time of this process: the machine may be busy
     watched = ("exec", "import", "os.", "subprocess")
     sys.addaudithook(lambda event, what: events.append(f"{event} {what}"[:80]) if event.startswith(watched) else None)
     for number in range(count):
@@ -148,7 +148,7 @@ def read_all(seed: int, count: int, folder: Path) -> str:
             limit = _address_space() + MEMORY_BASE + MEMORY_PER_BYTE * size
             resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
         events.clear()
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             with contextlib.redirect_stdout(None):
                 read()
@@ -158,7 +158,7 @@ def read_all(seed: int, count: int, folder: Path) -> str:
         except BaseException as error:
             outcome = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
         if outcome not in ("read", "refused") or (number > 20 and events):
             kept = folder.rename(folder.with_name(f"fell_{seed}_{number}"))
