@@ -1,7 +1,6 @@
 """Measure a model, or images that are there already, and write the numbers with all that they depend on."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,10 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     made_from = digest_of(
         fingerprint(begun, "generator"), weights, *_dependencies(config), *data_digest(config, workdir, model)
     )
-    if workdir.is_complete("evaluation", made_from=made_from):
+    known = read_json(workdir.evaluation)
+    if known is not None and workdir.is_complete("evaluation", made_from=made_from):
         session.say(f"evaluation  complete in {workdir.evaluation}")
-        report(session, json.loads(workdir.evaluation.read_text()))
+        report(session, known)
         return
     loaded = pipeline.load(chosen, drawn_as=config)
     train = in_order(open_split(config.data, "train", seed=config.seed), loaded.class_names)
