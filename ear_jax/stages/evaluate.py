@@ -17,7 +17,7 @@ from ear_jax.data.open import open_split
 from ear_jax.data.sources import Renumbered, SplitSource, Subset, in_order
 from ear_jax.data.tree import class_order
 from ear_jax.errors import ConfigError, DataError
-from ear_jax.files import digest_of, write_json
+from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
 from ear_jax.metrics.classifier_training import accuracy_when_degraded
