@@ -304,12 +304,6 @@ class _Unpickler(_Python):
             raise Unreadable("its pickle encodes texts again and again, to more bytes than it has")
         return text.encode("latin1")
 
-    def _stack_global(self) -> None:
-        attribute, module = self.stack.pop(), self.stack.pop()
-        if not isinstance(module, str) or not isinstance(attribute, str):
-            raise Unreadable("its pickle names something by what is not text")
-        self.append(self.find_class(module, attribute))
-
     def _call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
@@ -360,15 +354,15 @@ class _Unpickler(_Python):
 
 _TAKEN_OVER = (
     *("MARK", "POP", "POP_MARK", "DUP", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "GLOBAL", "BINPERSID"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINPERSID"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("STOP", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"),
+    *("GLOBAL", "STACK_GLOBAL", "STOP"),
 )
 _HANDLERS: dict[int, Any] = {
     **{code: pickle._Unpickler.dispatch[code] for name in _TAKEN_OVER for code in getattr(pickle, name)},
     pickle.PROTO[0]: lambda self: self.read(1),
     pickle.FRAME[0]: lambda self: self.read(8),
-    pickle.STACK_GLOBAL[0]: _Unpickler._stack_global,
     pickle.REDUCE[0]: _Unpickler._call,
     pickle.NEWOBJ[0]: _Unpickler._call,
     pickle.BUILD[0]: _Unpickler._build,

@@ -327,7 +327,7 @@ HOSTILE_PICKLES = {
     "dotted name": (_program(b"ctorch\nserialization.os.system\n"), "torch.serialization.os.system"),
     "dotted module": (_program(b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n"), "__globals__"),
     "name from the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.", "os.system"),
-    "name that is no text": (b"\x80\x04K\x01K\x02\x93.", "not text"),
+    "name that is no text": (b"\x80\x04K\x01K\x02\x93.", "STACK_GLOBAL requires str"),
     "nested torch.load": (_program(b"ctorch.storage\n_load_from_bytes\nC\x01a\x85R"), "_load_from_bytes"),
     "numpy.load": (_program(b"cnumpy\nload\nX\x01\x00\x00\x00a\x85R"), "numpy.load"),
     "call of a mere name": (_program(b"c__builtin__\ndict\n)R"), "may only be|does not take"),
