@@ -229,7 +229,7 @@ def _trust(judge: ClassifierFeatures, held_out: SplitSource, config: Config) -> 
     if judge.classes == 1:
         warnings.append(
             "The data has one class: the judging classifier learns nothing from it, so its features and accuracy mean "
-            "nothing. Use --config.evaluate.features=inception."
+            "nothing. Use --config.evaluate.features=efficientnet_lite0 or inception."
         )
     elif worst < 0.5 * (1 + 1 / judge.classes):
         warnings.append(
