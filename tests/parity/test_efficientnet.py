@@ -164,8 +164,9 @@ def top_1(count: int) -> float:
         synsets = sorted({Path(member.name).parent.name for member in members})
         right = 0
         for member in members[:count]:
-            with Image.open(archive.extractfile(member)) as picture:
-                image = picture.convert("RGB")
+            data = archive.extractfile(member)
+            assert data is not None
+            image = Image.open(data).convert("RGB")
             scale = 256 / min(image.size)
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
             left, top = ((side - 256) // 2 for side in image.size)
