@@ -164,6 +164,8 @@ class TokenizerLossConfig:
     commitment: float = key(0.25, "pull of the encoder towards its codes", low=0.0)
     lpips: float = key(0.0, "LPIPS distance; needs vgg_weights", low=0.0)
     vgg_weights: str = key("", "file with the VGG16 and LPIPS weights (safetensors)")
+    perceptual: float = key(0.0, "feature distance at several depths of perceptual_network (extra `judge`)", low=0.0)
+    perceptual_network: str = key("efficientnet_lite0", "network of that distance", choices=("efficientnet_lite0",))
     adversarial: float = key(0.0, "UNet discriminator, constant weight", low=0.0)
     adversarial_start_steps: int = key(0, "step at which the discriminator enters", low=0)
     adversarial_channels: int = key(64, "base channels of the discriminator", low=1)
@@ -419,8 +421,9 @@ class EvaluateConfig:
     images: str = key("", "folder of images or .npz (arr_0) to score instead of a model")
     features: str = key(
         "auto",
-        "network of the Fréchet distance; auto = inception where its weights are (path or cache), else classifier",
-        choices=("auto", "classifier", "inception"),
+        "network of the Fréchet distance; auto = inception where inception_weights is given, else efficientnet_lite0 "
+        "for photographs where its package is installed (extra `judge`), else inception of the cache, else classifier",
+        choices=("auto", "classifier", "inception", "efficientnet_lite0"),
     )
     inception_weights: str = key("", "file with the Inception network of FID; empty = the cache, or download once")
     lpips_weights: str = key("", "file with VGG16 and LPIPS; 'download' = the cache, or download; empty = no LPIPS")
