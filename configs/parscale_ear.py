@@ -21,9 +21,9 @@ project's choice and have not been trained. `,tiny` after a variant reduces it s
 
 from typing import Any
 
-import lite_hybrid
 import ml_collections
 
+import lite_hybrid
 from _recipes import config_of
 
 VARIANTS = (

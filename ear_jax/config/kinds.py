@@ -118,15 +118,15 @@ def _pyramid_faults(config: Config) -> Iterator[Fault]:
     own = config.generator.pyramid
     if list(scales) != sorted(set(scales)) or scales[0] < 1 or scales[-1] != side:
         yield fault(
-            f"config.generator.pyramid.scales={','.join(map(str, scales))} must increase and end at {side}, the side of "
-            "the latent grid; leave it empty for doubling ones."
+            f"config.generator.pyramid.scales={','.join(map(str, scales))} must increase and end at {side}, the side "
+            "of the latent grid; leave it empty for doubling ones."
         )
         return
     tokens = side // config.generator.patch_size
     if own.head == "joint" and (not own.windows or min(own.windows) < 0 or max(own.windows) > tokens):
         yield fault(
-            f"config.generator.pyramid.windows={','.join(map(str, own.windows))} must be sides of at most {tokens} tokens, "
-            "the last scale's; 0 is the whole of each scale."
+            f"config.generator.pyramid.windows={','.join(map(str, own.windows))} must be sides of at most {tokens} "
+            "tokens, the last scale's; 0 is the whole of each scale."
         )
     if own.head == "joint" and config.generator.energy.width % own.attention_heads:
         yield fault(

@@ -1,4 +1,4 @@
-"""ParScale-EAR's kind: next-scale prediction over continuous latents, each scale drawn by an energy head in one step."""
+"""ParScale-EAR's kind: next-scale prediction over continuous latents, an energy head draws a scale in one step."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence

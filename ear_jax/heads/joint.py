@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
@@ -26,7 +27,7 @@ def window_distance(
     *batch, N = squared.shape
     side = math.isqrt(N)
     maps = squared.reshape(-1, side, side)
-    summed = jax.lax.reduce_window(maps, jnp.float32(0), jax.lax.add, (1, window, window), (1, 1, 1), "valid")
+    summed = jax.lax.reduce_window(maps, np.float32(0), jax.lax.add, (1, window, window), (1, 1, 1), "VALID")
     summed = summed.reshape(*batch, (side - window + 1) ** 2) / window**2
     apart = summed > 0
     return jnp.where(apart, jnp.where(apart, summed, 1.0) ** (0.5 * alpha), 0.0)
