@@ -59,8 +59,9 @@ def _recipe(name: str) -> dict[str, Any]:
     generator["energy"] |= dict(temperature_scales="noise")
     generator["pyramid"] = dict(targets="absolute", context_noise=0.5, head="token")
     recipe["sample"].pop("coarse_temperature", None)
+    recipe["sample"] |= dict(guidance_schedule="constant")
     if size.startswith("imagenet"):
         layers = int(depth or 16)
         generator["backbone"] |= dict(width=64 * layers, depth=layers, heads=layers, drop_path=0.1 * layers / 24)
-        recipe["sample"] |= dict(guidance_scale=2.0, temperature=1.0)
+        recipe["sample"] |= dict(guidance_scale=2.0, guidance_schedule="linear", temperature=1.0)
     return recipe
