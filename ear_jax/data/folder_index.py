@@ -107,7 +107,7 @@ def _write(path: Path, index: _Index) -> bool:
 
 
 def _read(path: Path) -> _Index:
-    with np.load(path, allow_pickle=False) as kept:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
         items = list(zip(split(kept["names"]), kept["labels"].tolist(), kept["sizes"].tolist(), strict=True))
         folders = dict(zip(split(kept["folders"]), kept["changed"].tolist(), strict=True))
         dropped, reasons = Dropped(), split(kept["reasons"])

@@ -6,7 +6,7 @@ Hidden files and folders, and what operating systems and servers leave behind, a
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ear_jax.data.images import EXTENSIONS, printable
 from ear_jax.errors import StorageError
@@ -121,6 +121,16 @@ def class_order(names: Iterable[str], order: str = "auto") -> list[str]:
     by_text = sorted(names, key=os.fsencode)
     is_numbered = order != "text" and all(_NUMBER.fullmatch(name) for name in by_text)
     return sorted(by_text, key=int) if is_numbered else by_text
+
+
+def order_hint(class_names: Sequence[str]) -> str:
+    """Return a sentence for a digest that differs, where classes are sorted as numbers: earlier versions did not."""
+    if list(class_names) == class_order(class_names, "text"):
+        return ""
+    return (
+        " Its classes are sorted as numbers; a run of an earlier version that has lost its config.json goes on with "
+        "--config.data.class_order=text."
+    )
 
 
 def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:

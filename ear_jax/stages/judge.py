@@ -9,10 +9,10 @@ from ear_jax.config.schema import Config
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import SplitSource
 from ear_jax.distributed.process import barrier
-from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
-from ear_jax.metrics.classifier import LEAST_SIDE_PX, Classifier, load_or_train
+from ear_jax.metrics.classifier import Classifier, load_or_train
 from ear_jax.metrics.classifier_training import train_classifier
+from ear_jax.stages.measurable import check_judged
 
 
 def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[str], None]) -> Classifier:
@@ -29,11 +29,7 @@ def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[
         StorageError: it cannot be written.
     """
     settings, classes = config.evaluate, len(train.class_names)
-    if config.data.image_px < LEAST_SIDE_PX:
-        raise ConfigError(
-            f"config.data.image_px={config.data.image_px}: the judging classifier needs images of at least "
-            f"{LEAST_SIDE_PX} pixels. Leave the evaluation out, or train on larger images."
-        )
+    check_judged(config)
     size = min(settings.classifier_batch_size, len(train))
 
     def make() -> Classifier:
