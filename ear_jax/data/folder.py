@@ -3,8 +3,9 @@
 import concurrent.futures
 import errno
 import hashlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import TypeVar
 
@@ -59,7 +60,7 @@ class FolderSource:
         if files.is_shared:
             items = _hold_out(items, split, config.eval_fraction, config.eval_images, self._root)
         elif split == "eval":
-            items = _ranked(items)[: config.eval_images]
+            items = list(itertools.islice(_ranked(items), config.eval_images))
         if split == "train" and len({label for _, label, _ in items}) < len(folders):
             notes.append("classes of one image were held out for evaluation: some classes have no training image")
         self.notes = tuple(notes)
@@ -94,6 +95,8 @@ class FolderSource:
         else:
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 faults = list(pool.map(fault_of, items))
+        if not any(faults):
+            return items
         for (path, _, _), fault in zip(items, faults, strict=True):
             if fault:
                 self.quarantine.add(path, fault, enforce=False)
@@ -113,10 +116,11 @@ def _with_file(path: str, use: Callable[[BufferedReader], _T]) -> _T:
         raise StorageError(f"cannot read {printable(path)}: {fault.strerror}") from None
 
 
-def _ranked(items: list[Item]) -> list[Item]:
+def _ranked(items: list[Item]) -> Iterator[Item]:
     """Order files by a hash of their name: the same on every machine, and stable when files are added."""
-    hashes = b"".join(hashlib.blake2b(os.fsencode(item[0]), digest_size=8).digest() for item in items)
-    return [items[place] for place in np.argsort(np.frombuffer(hashes, ">u8"), kind="stable").tolist()]
+    names = os.fsencode("\0".join(item[0] for item in items)).split(b"\0")  # one call instead of a million
+    hashes = b"".join([hashlib.blake2b(name, digest_size=8).digest() for name in names])
+    return (items[place] for place in np.argsort(np.frombuffer(hashes, ">u8"), kind="stable"))
 
 
 def _hold_out(items: list[Item], split: Split, fraction: float, most: int, root: str) -> list[Item]:

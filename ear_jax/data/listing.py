@@ -15,7 +15,7 @@ from jaxtyping import Int64, UInt8, UInt64
 
 from ear_jax.config.schema import DataConfig
 from ear_jax.data.folder_files import FolderFiles, find_files
-from ear_jax.data.folder_index import joined, split
+from ear_jax.data.folder_index import SMALLEST_KEPT, joined, split
 from ear_jax.data.images import printable
 from ear_jax.data.tfds import TfdsSource
 from ear_jax.errors import DataError
@@ -34,7 +34,7 @@ class Listing:
         names: below the root, brought together by `folder_index.joined`.
         sizes: in bytes; -1 where it cannot be told.
         times: of change in ns; copying a folder changes them, and so they identify nothing.
-        contents: a digest of each file; empty where there are too many bytes to read (`with_contents`).
+        contents: a digest of each file; empty where there is too much to read (`with_contents`).
     """
 
     names: UInt8[np.ndarray, " bytes"]
@@ -87,9 +87,12 @@ def of_files(*splits: FolderFiles) -> Listing:
 
 
 def with_contents(listing: Listing, config: DataConfig) -> Listing:
-    """Return the listing of `config.source` with a digest of each file, where they have 1 GiB or less altogether."""
+    """Return the listing of `config.source` with a digest of each file, where they are few: it takes reading them.
+
+    Few is less than 100,000 files of 1 GiB altogether. Of more, an index would hide what is overwritten in place anyway.
+    """
     kind, _, root = config.source.partition(":")
-    if kind != "folder" or listing.sizes.sum() > _MOST_DIGESTED_BYTES:
+    if kind != "folder" or len(listing) >= SMALLEST_KEPT or listing.sizes.sum() > _MOST_DIGESTED_BYTES:
         return listing
     return dataclasses.replace(listing, contents=_contents(root, split(listing.names), config.decode_threads))
 

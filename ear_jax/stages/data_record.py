@@ -56,7 +56,7 @@ def check_data(config: Config, workdir: Workdir, say: Callable[[str], None]) -> 
     if touched:
         say(
             f"warning     {len(touched)} of {len(after)} images have another time of change than when the run began "
-            f"({few(touched)}); the run has no digests of so many bytes, so they are taken as unchanged by name and size"
+            f"({few(touched)}); the run keeps no digests of so much, so they are taken as unchanged by name and size"
         )
     elif len(before.contents) and (before.times != after.times).any():
         save(record, known, dataclasses.replace(before, times=after.times))  # so that they are not read each time
