@@ -2,8 +2,8 @@
 
     python tests/million_files.py /tmp/million        # makes hard links there, measures, deletes them
 
-A run lists the images, compares the list with the one that it has kept (or keeps it), and opens them. Wanted: under 60 s
-cold, under 5 s from the index, under 1 GiB.
+A run lists the images, compares the list with the one that it has kept (or keeps it), and opens them. Wanted: under
+60 s cold, under 5 s from the index, under 1 GiB.
 """
 
 import os

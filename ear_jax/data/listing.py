@@ -89,7 +89,7 @@ def of_files(*splits: FolderFiles) -> Listing:
 def with_contents(listing: Listing, config: DataConfig) -> Listing:
     """Return the listing of `config.source` with a digest of each file, where they are few: it takes reading them.
 
-    Few is less than 100,000 files of 1 GiB altogether. Of more, an index would hide what is overwritten in place anyway.
+    Few is less than 100,000 files of 1 GiB altogether: of more, an index hides what is overwritten in place.
     """
     kind, _, root = config.source.partition(":")
     if kind != "folder" or len(listing) >= SMALLEST_KEPT or listing.sizes.sum() > _MOST_DIGESTED_BYTES:
@@ -127,8 +127,8 @@ def load(path: Path) -> tuple[str, Listing] | None:
         DataError: it is damaged.
     """
     try:
-        # Opened here: numpy leaves a damaged archive open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:  # the archive's own checksums guard it
+        # Opened here, as numpy leaves a damaged archive open. Its own checksums guard what is in it.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
             listing = Listing(**{field.name: kept[field.name] for field in dataclasses.fields(Listing)})
             return split(kept["source"])[0], listing
     except FileNotFoundError:

@@ -63,7 +63,9 @@ def known_latents(config: Config, workdir: Workdir, say: Callable[[str], None]) 
     except DataError:
         return given  # refused as another setting
     if is_same:
-        say(f"latents     {path} holds the same tokens as {known or workdir.stage('latents')}, which the run began with")
+        say(
+            f"latents     {path} holds the same tokens as {known or workdir.stage('latents')}, which the run began with"
+        )
     return known if is_same else given
 
 

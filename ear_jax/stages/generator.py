@@ -37,11 +37,12 @@ def train_generator(session: Session) -> None:
         return
     tokenizer = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
     check_tokens(config, workdir)
-    source = LatentsSource(tokens_path(config, workdir))
+    path = tokens_path(config, workdir)
+    source = LatentsSource(path)
     spec = build.abstract_tokenizer(config).spec
     if source.levels != spec.levels:
         raise ConfigError(
-            f"{tokens_path(config, workdir)} holds levels {[level.name for level in source.levels]} of another tokenizer; "
+            f"{path} holds levels {[level.name for level in source.levels]} of another tokenizer; "
             f"this configuration has {[level.name for level in spec.levels]}. Run --task=latents again."
         )
     classes = len(source.class_names)

@@ -13,8 +13,8 @@ def check_judged(config: Config) -> None:
     if config.data.image_px < LEAST_JUDGED_PX:
         raise ConfigError(
             f"config.data.image_px={config.data.image_px}: the judging classifier needs images of at least "
-            f"{LEAST_JUDGED_PX} pixels. Run the stages alone (--task=tokenizer, latents, generator, sample) to leave the "
-            "evaluation out, or train on larger images."
+            f"{LEAST_JUDGED_PX} pixels. Run the stages alone (--task=tokenizer, latents, generator, sample) to leave "
+            "the evaluation out, or train on larger images."
         )
 
 

@@ -174,7 +174,9 @@ def test_metrics_asked_for_by_name_that_cannot_be_measured_are_refused_before_tr
     with pytest.raises(DataError, match=r"density_coverage, which needs at least 6 real images, but shapes has 5"):
         enough(5, 2, evaluate=asked("density_coverage"))
     assert enough(5, 2, evaluate=asked("density_coverage", reference="other.npz")) == []
-    with pytest.raises(DataError, match=r"kid, which needs at least 4 real images, .* has 3 of config\.stats\.split=eval"):
+    with pytest.raises(
+        DataError, match=r"kid, which needs at least 4 real images, .* has 3 of config\.stats\.split=eval"
+    ):
         enough(30, 3, evaluate=asked("kid"), stats=StatsConfig(split="eval"))
     for metrics, keys, match in (
         ("inception_score", {"samples": 9}, "at least 10 samples"),
