@@ -143,8 +143,17 @@ def check_enough(config: Config, images: int, held_out: int, class_names: Sequen
     return notes
 
 
-def data_digest(config: Config, workdir: Workdir, model: str | None) -> tuple[str, ...]:
-    """Return what else a result of `model` rests on: the digest of the images, unless the run's own are checked."""
-    is_checked = model is None and (workdir.stage("tokenizer") / _FILE).exists()
-    listing = None if is_checked else listing_of(config.data)
-    return (with_contents(listing, config.data).digest,) if listing else ()
+def data_digest(config: Config, workdir: Workdir) -> tuple[str, ...]:
+    """Return what results rest on beside the run's own images: nothing where they are those, else a digest of content.
+
+    Raises:
+        DataError: the run's listing is damaged.
+    """
+    now, kept = listing_of(config.data), load(workdir.stage("tokenizer") / _FILE)
+    if not now:
+        return ()
+    if kept and kept[1].has_files_of(now):
+        touched, is_other = differing(kept[1], now, config.data)
+        if not (touched and is_other):
+            return ()
+    return (with_contents(now, config.data).digest,)

@@ -1,6 +1,6 @@
 """The classifier that judges images: trained once on the data of a run or a study, and kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +15,9 @@ from ear_jax.metrics.classifier_training import train_classifier
 from ear_jax.stages.measurable import check_judged
 
 
-def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[str], None]) -> Classifier:
+def open_judge(
+    config: Config, folder: Path, train: SplitSource, log: Callable[[str], None], images: Sequence[str] = ()
+) -> Classifier:
     """Return the judge of `config.data`, the same on every process: kept, or trained now on degraded training images.
 
     Args:
@@ -23,6 +25,7 @@ def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[
         folder: Where it is kept, `WORKDIR/evaluation` in a run.
         train: The training images.
         log: Takes lines about a long training.
+        images: What else identifies the images.
 
     Raises:
         ConfigError: the images are too small for it.
@@ -54,7 +57,9 @@ def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[
             classes=classes,
             channels=settings.classifier_channels,
             image_px=config.data.image_px,
-            made_from=digest_of(train.digest, settings.classifier_steps, size, config.seed, config.data.use_flip),
+            made_from=digest_of(
+                train.digest, settings.classifier_steps, size, config.seed, config.data.use_flip, *images
+            ),
             train=make,
         )
 

@@ -24,7 +24,7 @@ from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.folders.workdir import COMPLETE, Workdir
 from ear_jax.stages.adopted import known_latents, known_tokenizer
-from ear_jax.stages.data_record import check_data, record_data
+from ear_jax.stages.data_record import check_data, data_digest, record_data
 from ear_jax.training.ledger import Ledger
 from ear_jax.training.loop import StageRun
 from ear_jax.training.optim import resolve
@@ -72,6 +72,11 @@ class Session:
         )
         groups = {group: dataclasses.replace(getattr(self.config, group), source=path) for group, path in known.items()}
         return dataclasses.replace(self.config, **groups)
+
+    @functools.cached_property
+    def images_digest(self) -> tuple[str, ...]:
+        """What results rest on beside the run's own images, on every process: see `data_digest`."""
+        return tuple(process.on_first_process(lambda: data_digest(self.config, self.workdir)))
 
     def is_complete(self, stage: str) -> bool:
         """Tell whether a stage's result is there and was made from this configuration."""
