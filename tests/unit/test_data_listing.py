@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ear_jax.config.schema import Config, DataConfig, EvaluateConfig, SampleConfig, StatsConfig, TrainingConfig
 from ear_jax.data import listing
 from ear_jax.data.folder_index import joined, split
+from ear_jax.data.open import open_split
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import write_json
 from ear_jax.folders.workdir import Workdir
@@ -144,6 +146,20 @@ def test_a_run_without_a_list_is_held_to_its_digest(begun):
     write_json(workdir.stage("tokenizer") / "complete.json", {"data_digest": "another"})
     with pytest.raises((ConfigError, DataError)):
         check_data(config, workdir, print)
+
+
+def test_a_run_of_an_earlier_version_is_told_of_the_order_of_numbered_classes(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    for name in ("2/0.png", "2/1.png", "10/0.png", "10/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
+    config = config_of(tmp_path / "photos")
+    text = dataclasses.replace(config.data, class_order="text")
+    stored = {"data_digest": open_split(text, "train", seed=0).digest}
+    workdir.mark_complete("tokenizer", made_from="", **stored)
+    with pytest.raises(ConfigError, match=r"--config\.data\.class_order=text"):
+        check_data(config, workdir, print)
+    assert check_data(dataclasses.replace(config, data=text), workdir, print) == config.data.source
 
 
 def enough(images: int, held_out: int, names: tuple[str, ...] = ("a", "b"), **groups: object) -> list[str]:
