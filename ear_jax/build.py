@@ -16,6 +16,7 @@ from ear_jax.backbones.mar import MarBackbone
 from ear_jax.backbones.masked import MaskedBackbone
 from ear_jax.config.kinds import patched
 from ear_jax.config.schema import Config, GeneratorConfig, LevelConfig
+from ear_jax.generators.continuous_next_scale import make_continuous_next_scale
 from ear_jax.generators.diffusion import make_diffusion
 from ear_jax.generators.kind import trunk_of
 from ear_jax.generators.masked import LevelPlan, MaskedGenerator
@@ -179,6 +180,7 @@ GENERATORS: dict[str, Callable[[Config, TokenizerSpec, int, DTypeLike, nnx.Rngs]
     "masked": _masked_generator,
     "mar": _masked_generator,
     "next_scale": make_next_scale,
+    "continuous_next_scale": make_continuous_next_scale,
     "dit": make_diffusion,
 }
 """By the name of the backbone."""

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from ear_jax.bench.timing import time_stages
-from ear_jax.config import read
 from ear_jax.config.schema import Config
 from ear_jax.config.suggest import did_you_mean
+from ear_jax.config.values import flatten
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.inference import pipeline
@@ -93,7 +93,7 @@ def kept(folder: Path, config: Config, measure: Callable[[], Any], *conditions: 
     `conditions` are what it depends on beside the configuration: the digest of the data, the device.
     """
     path = folder / f"{name}.json"
-    made_from = digest_of(json.dumps(read.to_dict(config), sort_keys=True, default=str), *conditions)
+    made_from = digest_of(json.dumps(flatten(config), sort_keys=True, default=str), *conditions)
     found = read_json(path)
     if found is not None and found.get("made_from") == made_from:
         return found["value"]

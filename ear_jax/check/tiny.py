@@ -61,6 +61,7 @@ _TOKENIZER = {
     "vqvae.scales": (1, 2, 4),
     # What needs files of weights, or plays a second network, is left out.
     "loss.lpips": 0.0,
+    "loss.perceptual": 0.0,
     "loss.adversarial": 0.0,
     "loss.r1": 0.0,
     "loss.lecam": 0.0,

@@ -99,6 +99,44 @@ def _next_scale_faults(config: Config) -> Iterator[Fault]:
         )
 
 
+def pyramid_scales(config: Config) -> tuple[int, ...]:
+    """Return the sides of a continuous pyramid in latent pixels, coarsest first: doubling ones where none are named."""
+    named, side = config.generator.pyramid.scales, derive.latent_grid(config)
+    return named or tuple(side >> k for k in reversed(range(side.bit_length())) if side % (1 << k) == 0)
+
+
+def _pyramid_levels(config: Config) -> tuple[LevelSpec, ...]:
+    *coarser, last = pyramid_scales(config)
+    channels, patch_size = derive.latent_channels(config), config.generator.patch_size
+    return (
+        *(LevelSpec(f"scale_{side}", side, "continuous", channels) for side in coarser),
+        *patched([LevelSpec(f"scale_{last}", last, "continuous", channels)], patch_size),
+    )
+
+
+def _pyramid_faults(config: Config) -> Iterator[Fault]:
+    yield from _needs_one_continuous_level(config)
+    scales, side = pyramid_scales(config), derive.latent_grid(config)
+    own = config.generator.pyramid
+    if list(scales) != sorted(set(scales)) or scales[0] < 1 or scales[-1] != side:
+        yield fault(
+            f"config.generator.pyramid.scales={','.join(map(str, scales))} must increase and end at {side}, the side "
+            "of the latent grid; leave it empty for doubling ones."
+        )
+        return
+    tokens = side // config.generator.patch_size
+    if own.head == "joint" and (not own.windows or min(own.windows) < 0 or max(own.windows) > tokens):
+        yield fault(
+            f"config.generator.pyramid.windows={','.join(map(str, own.windows))} must be sides of at most {tokens} "
+            "tokens, the last scale's; 0 is the whole of each scale."
+        )
+    if own.head == "joint" and config.generator.energy.width % own.attention_heads:
+        yield fault(
+            f"config.generator.pyramid.attention_heads={own.attention_heads} must divide "
+            f"config.generator.energy.width={config.generator.energy.width}."
+        )
+
+
 def _dit_faults(config: Config) -> Iterator[Fault]:
     yield from _needs_one_continuous_level(config)
     diffusion, passes = config.generator.diffusion, config.sample.fine_steps or config.generator.fine.steps
@@ -127,6 +165,7 @@ KINDS |= {
     "next_scale": Kind(
         derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p")
     ),
+    "continuous_next_scale": Kind(_pyramid_levels, _one, faults=_pyramid_faults),
     "dit": Kind(
         patched_levels,
         _trained_steps,

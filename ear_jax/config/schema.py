@@ -164,6 +164,8 @@ class TokenizerLossConfig:
     commitment: float = key(0.25, "pull of the encoder towards its codes", low=0.0)
     lpips: float = key(0.0, "LPIPS distance; needs vgg_weights", low=0.0)
     vgg_weights: str = key("", "file with the VGG16 and LPIPS weights (safetensors)")
+    perceptual: float = key(0.0, "feature distance at several depths of perceptual_network (extra `judge`)", low=0.0)
+    perceptual_network: str = key("efficientnet_lite0", "network of that distance", choices=("efficientnet_lite0",))
     adversarial: float = key(0.0, "UNet discriminator, constant weight", low=0.0)
     adversarial_start_steps: int = key(0, "step at which the discriminator enters", low=0)
     adversarial_channels: int = key(64, "base channels of the discriminator", low=1)
@@ -242,7 +244,8 @@ class BackboneConfig:
 
     name: str = key(
         "masked",
-        "masked (EAR, Lite-Hybrid) | mar (encoder and decoder) | next_scale (VAR) | dit (diffusion of the whole map)",
+        "masked (EAR, Lite-Hybrid) | mar (encoder and decoder) | next_scale (VAR) | "
+        "continuous_next_scale (ParScale-EAR) | dit (diffusion of the whole map)",
         choices=KINDS,
     )
     width: int = key(768, "channels of the residual stream", low=8)
@@ -272,6 +275,45 @@ class EnergyHeadConfig:
     samples: int = key(2, "draws per token in the loss (m)", low=2, high=64)
     alpha: float = key(1.0, "exponent of the distance", above=0.0, below=2.0)
     repeats: int = key(1, "independent groups of m draws per token and step", low=1, high=64)
+    temperature_scales: str = key(
+        "shift", "what tau_infer scales: the shift in each block (EAR), or the noise", choices=("shift", "noise")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidConfig:
+    """The pyramid of continuous scales that a continuous_next_scale generator draws, one pass a scale."""
+
+    scales: tuple[int, ...] = key(
+        (), "sides of the scales in latent pixels, coarsest first; empty = 1, 2, 4 … the grid"
+    )
+    targets: str = key(
+        "absolute",
+        "what a scale holds: the reduced latent, or what the scales before it left over",
+        choices=("absolute", "residual"),
+    )
+    context_noise: float = key(
+        0.5,
+        "noise on the scales in view while training: each keeps w of itself, w from 1 - this to 1",
+        low=0.0,
+        high=1.0,
+    )
+    own_context_probability: float = key(
+        0.0, "probability that a scale in view is the model's own draw while training", low=0.0, high=1.0
+    )
+    scale_weight_power: float = key(
+        1.0,
+        "a: each token weighs 1 / tokens of its scale ^ a; 1 = scales count alike, 0 = tokens do",
+        low=0.0,
+        high=2.0,
+    )
+    head: str = key(
+        "token",
+        "how a scale is drawn: each token alone, or together with attention between them",
+        choices=("token", "joint"),
+    )
+    windows: tuple[int, ...] = key((1, 2, 4), "joint: sides of the squares of tokens that the score judges; 0 = all")
+    attention_heads: int = key(4, "joint: attention heads in the head", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +359,7 @@ class GeneratorConfig:
     backbone: BackboneConfig = group(BackboneConfig)
     continuous_head: str = key("energy", "head of continuous levels", choices=("energy", "diffusion"))
     energy: EnergyHeadConfig = group(EnergyHeadConfig)
+    pyramid: PyramidConfig = group(PyramidConfig)
     diffusion: DiffusionConfig = group(DiffusionConfig)
     softmax: SoftmaxHeadConfig = group(SoftmaxHeadConfig)
     patch_size: int = key(1, "side of the squares of latent pixels that make one fine token", low=1, high=16)
@@ -390,7 +433,7 @@ class SampleConfig:
     fine_steps: int = key(0, "passes for the fine level; 0 = as in generator.fine.steps", low=0)
     guidance_scale: float = key(1.0, "1 = off; h = s * conditional + (1 - s) * unconditional", low=0.0)
     guidance_schedule: str = key("linear", "how guidance grows over a level's steps", choices=("constant", "linear"))
-    temperature: float = key(1.0, "tau_infer: scales the shift that noise adds in the energy head", low=0.0)
+    temperature: float = key(1.0, "tau_infer of the energy head; see generator.energy.temperature_scales", low=0.0)
     coarse_temperature: float = key(1.0, "softmax temperature of discrete levels", low=0.0)
     top_k: int = key(0, "next_scale: draw among the k most likely codes; 0 = all", low=0)
     top_p: float = key(
@@ -422,8 +465,9 @@ class EvaluateConfig:
     images: str = key("", "folder of images or .npz (arr_0) to score instead of a model")
     features: str = key(
         "auto",
-        "network of the Fréchet distance; auto = inception where its weights are (path or cache), else classifier",
-        choices=("auto", "classifier", "inception"),
+        "network of the Fréchet distance; auto = inception where inception_weights is given, else efficientnet_lite0 "
+        "for photographs where its package is installed (extra `judge`), else inception of the cache, else classifier",
+        choices=("auto", "classifier", "inception", "efficientnet_lite0"),
     )
     inception_weights: str = key("", "file with the Inception network of FID; empty = the cache, or download once")
     lpips_weights: str = key("", "file with VGG16 and LPIPS; 'download' = the cache, or download; empty = no LPIPS")

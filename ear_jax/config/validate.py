@@ -173,10 +173,10 @@ def _tokenizer_loss(config: Config) -> Iterator[Fault]:
                 f"config.tokenizer.loss.{word}={getattr(loss, word)} regularises a discriminator that is not "
                 f"there; set config.tokenizer.loss.adversarial > 0 or {word}=0."
             )
-    if not any((loss.l1, loss.l2, loss.lpips)):
+    if not any((loss.l1, loss.l2, loss.lpips, loss.perceptual)):
         yield fault(
-            "config.tokenizer.loss has no reconstruction term: l1, l2 and lpips are all 0; set one.",
-            *(f"tokenizer.loss.{term}" for term in ("l1", "l2", "lpips")),
+            "config.tokenizer.loss has no reconstruction term: l1, l2, lpips and perceptual are all 0; set one.",
+            *(f"tokenizer.loss.{term}" for term in ("l1", "l2", "lpips", "perceptual")),
         )
 
 

@@ -1,6 +1,6 @@
 """What a kind of generator is to everyone else: levels, a loss, a draw; and what every kind needs to be one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -63,6 +63,15 @@ class Generator(Protocol):
 
         Image b uses `keys_B[b]` alone (see `image_keys`), and the same one for all its levels.
         """
+        ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A generator that carries statistics of its data: they are measured before it is trained, and never change."""
+
+    def measure(self, batches: Iterable[Batch]) -> dict[str, jax.Array]:
+        """Return the statistics over cached batches, by the names of their arrays; shapes of the module are enough."""
         ...
 
 

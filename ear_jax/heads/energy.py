@@ -43,7 +43,8 @@ class EnergyHead(nnx.Module):
 
     The hidden state flows through the residual stream, noise enters only by modulation; all modulations and the
     output layer start at zero, so every draw is 0 at step 0. The paper's loss is one pair of draws (`samples=2`);
-    `repeats` averages several independent groups, as the published recipe does with 2.
+    `repeats` averages several independent groups, as the published recipe does with 2. tau_infer scales the shift that
+    noise adds in each block, as published, or with `temperature_scales="noise"` the noise itself.
     """
 
     token_kind = "continuous"
@@ -60,9 +61,11 @@ class EnergyHead(nnx.Module):
         samples: int = 2,
         alpha: float = 1.0,
         repeats: int = 1,
+        temperature_scales: str = "shift",
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.temperature_scales = temperature_scales
         self.noise_channels = noise_channels
         self.samples = samples
         self.alpha = alpha
@@ -73,6 +76,10 @@ class EnergyHead(nnx.Module):
         self.norm = layer_norm(width, affine=False, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 2 * width, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
         self.output = Linear(width, channels, kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+
+    def noise_shape(self, tokens: int) -> tuple[int, int]:
+        """Return the shape of the noise of a grid of tokens."""
+        return tokens, self.noise_channels
 
     def draw(
         self,
@@ -98,7 +105,7 @@ class EnergyHead(nnx.Module):
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return `loss_at` for fresh noise; `controls["train_temperature"]` is tau_train (default 1)."""
         temperature = controls["train_temperature"] if controls else 1.0
-        shape = (self.repeats * self.samples, *hidden.shape[:2], self.noise_channels)
+        shape = (self.repeats * self.samples, hidden.shape[0], *self.noise_shape(hidden.shape[1]))
         return self.loss_at(hidden, target, mask, jax.random.uniform(rng, shape, jnp.float32) - 0.5, temperature)
 
     def loss_at(
@@ -127,6 +134,8 @@ class EnergyHead(nnx.Module):
         self, prediction: Float[Array, "B N W"], keys_B: jax.Array, temperature: Float[Array, ""] | float
     ) -> Float[Array, "B N D"]:
         """Draw one token a position; image b uses `keys_B[b]` alone; `temperature` is tau_infer."""
-        shape = (prediction.shape[1], self.noise_channels)
+        shape = self.noise_shape(prediction.shape[1])
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32))(keys_B) - 0.5
+        if self.temperature_scales == "noise":
+            return self.draw(prediction, noise * temperature)
         return self.draw(prediction, noise, temperature)

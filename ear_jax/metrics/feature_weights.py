@@ -1,4 +1,4 @@
-"""Weights of the published feature networks: the Inception of FID and LPIPS-VGG16, by path or from where they lie.
+"""Weights of the published feature networks: Inception, LPIPS-VGG16, EfficientNet-Lite0, from where they lie.
 
 The digests are those that several independent projects print for these files; they begin as the publishers' file names
 say (Inception, VGG16), and the sizes fit the networks' shapes in torch's format from before 2020.
@@ -7,7 +7,7 @@ say (Inception, VGG16), and the sizes fit the networks' shapes in torch's format
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy as np
 from ear_jax.errors import DataError
 from ear_jax.files import file_sha256
 from ear_jax.weights.download import PublicFile, fetch
-from ear_jax.weights.entries import Entry
+from ear_jax.weights.entries import converted
 from ear_jax.weights.families import inception, lpips
+from ear_jax.weights.installed import EFFICIENTNET_PACKAGE, EFFICIENTNET_SHA256, efficientnet_arrays
 from ear_jax.weights.tensor_file import read_tensors
 
 INCEPTION = PublicFile(
@@ -81,7 +82,7 @@ def inception_weights(path: str = "", *, setting: str = "config.evaluate.incepti
     """
     file = _given(path, INCEPTION, setting) if path else fetch(INCEPTION, setting=setting)
     tensors, digest = _read(file)
-    return _weights(_converted(tensors, inception.entries(), file, INCEPTION), {file.name: digest})
+    return _weights(converted(tensors, inception.entries(), file, _expected(INCEPTION)), {file.name: digest})
 
 
 def lpips_weights(
@@ -104,7 +105,12 @@ def lpips_weights(
         linear = _given(linear_path, LPIPS_LINEAR, setting) if linear_path else fetch(LPIPS_LINEAR, setting=setting)
         more, digest = _read(linear)
         tensors, files = {**tensors, **more}, {**files, linear.name: digest}
-    return _weights(_converted(tensors, lpips.entries(tensors), file, VGG16), files)
+    return _weights(converted(tensors, lpips.entries(tensors), file, _expected(VGG16)), files)
+
+
+def efficientnet_weights() -> FeatureWeights:
+    """Read EfficientNet-Lite0 from its installed package; raises DataError where it is not there or damaged."""
+    return _weights(efficientnet_arrays(), {EFFICIENTNET_PACKAGE: EFFICIENTNET_SHA256})
 
 
 def weights_digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -137,18 +143,8 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], str]:
     return read_tensors(file), digest
 
 
-def _converted(
-    tensors: Mapping[str, np.ndarray], entries: Iterable[Entry], file: Path, public: PublicFile
-) -> dict[str, np.ndarray]:
-    arrays = {}
-    for entry in entries:
-        missing = [name for name in entry.theirs if name not in tensors]
-        if missing and not entry.is_optional:
-            raise DataError(f"{file} lacks {missing[0]!r}; expected {public.what}, for example {public.name}")
-        if not missing:
-            moved = entry.to_ours([tensors[name] for name in entry.theirs])
-            arrays.update(zip(entry.ours, moved, strict=True))
-    return arrays
+def _expected(public: PublicFile) -> str:
+    return f"{public.what}, for example {public.name}"
 
 
 def _weights(arrays: Mapping[str, np.ndarray], files: dict[str, str]) -> FeatureWeights:

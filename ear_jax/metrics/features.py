@@ -1,7 +1,7 @@
 """Feature networks as the metrics see them: uint8 images in, float32 features out, with a name and a digest.
 
-The networks themselves are `inception.py` and `classifier.py`. Here they get one interface: batches are padded to one
-compiled shape and spread over this process's devices.
+The networks themselves are `inception.py`, `efficientnet.py` and `classifier.py`. Here they get one interface: batches
+are padded to one compiled shape and spread over this process's devices.
 """
 
 import abc
@@ -16,18 +16,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
 from ear_jax.errors import DataError
+from ear_jax.metrics import efficientnet
 from ear_jax.metrics.classifier import Classifier, forward
 from ear_jax.metrics.feature_weights import FeatureWeights, weights_digest
 from ear_jax.metrics.inception import INPUT_PX, RESIZE_NAME, TAPS, checked_weights, inception_features
 from ear_jax.metrics.protocol import FeatureProtocol
+from ear_jax.nn.efficientnet import CLASSES as EFFICIENTNET_CLASSES
+from ear_jax.nn.efficientnet import WIDTH as EFFICIENTNET_WIDTH
 from ear_jax.nn.functional import flatten
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Outputs = dict[str, Float[np.ndarray, "n _"]]
 
 CLASSIFIER_NAME = "classifier"
+EFFICIENTNET_NAME = "efficientnet_lite0"
 INCEPTION_NAME = "inception-2015-12-05"
-"""What results are recorded under; only under this name is a distance a FID."""
+"""What results are recorded under; only under this last name is a distance a FID."""
 
 
 class FeatureNetwork(abc.ABC):
@@ -36,7 +40,7 @@ class FeatureNetwork(abc.ABC):
     Any number of images goes through one compiled shape on all devices of this process.
 
     Attributes:
-        name: `classifier`, `inception-2015-12-05` or the user's.
+        name: `classifier`, `efficientnet_lite0`, `inception-2015-12-05` or the user's.
         digest: identifies the weights; features of different digests are never compared.
         width: features an image.
         image_px: side of the images it takes, or None for any.
@@ -164,6 +168,36 @@ class InceptionNetwork(FeatureNetwork):
         return {tap: outputs[self._names[tap]] for tap in taps}
 
 
+class EfficientNetNetwork(FeatureNetwork):
+    """EfficientNet-Lite0 with ImageNet's published weights: 1,280 pooled features and the scores of 1,000 classes."""
+
+    taps: tuple[str, ...] = ("features", "logits")
+
+    def __init__(self, weights: FeatureWeights, *, knows_classes: bool = False, batch_size: int = 32) -> None:
+        """Put the weights on all devices of this process.
+
+        Args:
+            weights: `feature_weights.efficientnet_weights()`.
+            knows_classes: the data's classes are ImageNet's, in its order: class accuracy can be measured.
+            batch_size: images at a time.
+        """
+        super().__init__(
+            name=EFFICIENTNET_NAME,
+            digest=weights.digest,
+            width=EFFICIENTNET_WIDTH,
+            image_px=None,
+            batch_size=batch_size,
+            resize=efficientnet.RESIZE_NAME,
+        )
+        self.classes = EFFICIENTNET_CLASSES if knows_classes else 0
+        self._compiled, arrays = efficientnet.compiled(weights.arrays)
+        self._arrays = self._replicated(arrays)
+
+    def _run(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
+        outputs = self._compiled(self._arrays, images)  # both: one program to compile
+        return {tap: outputs[tap] for tap in taps}
+
+
 class FunctionFeatures(FeatureNetwork):
     """A user's own network: any traceable function of weights and uint8 images."""
 
@@ -186,7 +220,7 @@ class FunctionFeatures(FeatureNetwork):
         Raises:
             ValueError: the name is that of a built-in network, which would make its numbers pass for theirs.
         """
-        if name in (CLASSIFIER_NAME, INCEPTION_NAME, "inception") or not name.isidentifier():
+        if name in (CLASSIFIER_NAME, EFFICIENTNET_NAME, INCEPTION_NAME, "inception") or not name.isidentifier():
             raise ValueError(f"name={name!r}; expected a name of your own made of letters, digits and underscores.")
         super().__init__(name=name, digest=digest, width=width, image_px=image_px, batch_size=batch_size, resize=resize)
         self._weights = self._replicated(weights)

@@ -14,6 +14,10 @@ XAVIER = nnx.initializers.xavier_uniform()
 ZEROS = nnx.initializers.zeros_init()
 
 
+class FrozenWeight(nnx.Variable):
+    """A weight that was loaded and is never trained."""
+
+
 class Linear(nnx.Linear):
     """Dense layer over the last axis; leading axes are flattened first.
 

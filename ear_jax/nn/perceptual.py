@@ -1,4 +1,4 @@
-"""LPIPS v0.1 with VGG16 features as a differentiable distance with frozen weights."""
+"""Perceptual distances that images can be trained by: LPIPS v0.1 on VGG16, and depths of EfficientNet-Lite0."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +11,17 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load_file
 
 from ear_jax.errors import DataError
+from ear_jax.nn.efficientnet import EfficientNetTrunk, Weights
+from ear_jax.nn.layers import FrozenWeight
 from ear_jax.nn.resize import check_signed
 
 # Convolutions of each of the five slices, by their index among torchvision's VGG16 features, with their widths.
 SLICES = (((0, 64), (2, 64)), ((5, 128), (7, 128)), ((10, 256), (12, 256), (14, 256)),
           ((17, 512), (19, 512), (21, 512)), ((24, 512), (26, 512), (28, 512)))  # fmt: skip
+DEPTHS = (1, 3, 5, 11, 16)
+"""Maps of EfficientNet-Lite0 that are compared: the last of each size, from half the side to a 32nd."""
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-
-
-class FrozenWeight(nnx.Variable):
-    """A weight that was loaded and is never trained."""
 
 
 class PerceptualDistance(nnx.Module):
@@ -49,8 +49,7 @@ class PerceptualDistance(nnx.Module):
         """Return the distance of each pair at each of the five layers."""
         distances = []
         for features, linear in zip(self.features(jnp.concatenate([first, second])), self.linear, strict=True):
-            unit = features / (jnp.sqrt(jnp.square(features).sum(axis=-1, keepdims=True) + 1e-20) + 1e-10)
-            one, two = jnp.split(unit, 2)
+            one, two = jnp.split(_unit(features), 2)
             weighted = jnp.square(one - two) @ linear[...]
             distances.append(weighted.mean(axis=(1, 2)))
         return jnp.stack(distances, axis=-1)
@@ -73,6 +72,30 @@ class PerceptualDistance(nnx.Module):
         return self.layers(first, second).sum(axis=-1)
 
 
+class EfficientNetDistance(nnx.Module):
+    """Distance of pairs of images in [-1, 1] by what EfficientNet-Lite0 sees at five depths, at the images' own size.
+
+    At each position of a map (half to 1/32 of the side) both feature vectors are brought to unit length; the squared
+    distance, in [0, 4], is averaged over positions and depths. Equal images are at 0, with a gradient of 0.
+    """
+
+    def __init__(self, weights: Weights):
+        self.trunk = EfficientNetTrunk(weights)
+
+    def layers(self, first: Float[Array, "B h w 3"], second: Float[Array, "B h w 3"]) -> Float[Array, "B 5"]:
+        """Return the distance of each pair at each depth."""
+        maps = self.trunk.maps((jnp.concatenate([first, second]) + 1.0) * 127.5)
+        distances = []
+        for depth in DEPTHS:
+            one, two = jnp.split(_unit(maps[depth]), 2)
+            distances.append(jnp.square(one - two).sum(axis=-1).mean(axis=(1, 2)))
+        return jnp.stack(distances, axis=-1)
+
+    def __call__(self, first: Float[Array, "B h w 3"], second: Float[Array, "B h w 3"]) -> Float[Array, " B"]:
+        """Return the distance of each pair."""
+        return self.layers(first, second).mean(axis=-1)
+
+
 def load_perceptual(path: str) -> PerceptualDistance:
     """Load the weights of LPIPS-VGG16 from a safetensors file.
 
@@ -88,6 +111,10 @@ def load_perceptual(path: str) -> PerceptualDistance:
     except Exception as error:
         raise DataError(f"loss.vgg_weights={path!r} cannot be read as safetensors: {error}") from error
     return PerceptualDistance(weights)
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    return features / (jnp.sqrt(jnp.square(features).sum(axis=-1, keepdims=True) + 1e-20) + 1e-10)
 
 
 def _array(weights: Mapping[str, np.ndarray], name: str) -> jax.Array:

@@ -91,7 +91,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     trust, warnings = _trust(measure.judge, held_out, config)
     if is_numbered and train.class_names != loaded.class_names:
         warnings.append("The model numbers its classes: they are taken to be the data's, in their order.")
-    reconstructed = _reconstructions(loaded, measure, held_out, config, lpips)
+    reconstructed, judged_accuracy = _reconstructions(loaded, measure, held_out, config, lpips)
     scores, judged = _samples(loaded, measure, config, weights)
     streams = measure_streams(loaded, held_out, config)
     parts = {f"reconstructions ({name})": part for name, part in reconstructed.items()} | {"samples": scores}
@@ -99,7 +99,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     result = {
         "psnr_db": {name: part.values["psnr"] for name, part in reconstructed.items()},
         "classifier": trust,
-        "class_accuracy_reconstructions": reconstructed["full"].values["class_accuracy"],
+        "class_accuracy_reconstructions": judged_accuracy,
         "class_accuracy_samples": judged.values["class_accuracy"],
         "class_accuracy_by_class": {loaded.class_names[label]: right for label, right in judged.by_class.items()},
         "scores": scores.values,
@@ -203,8 +203,11 @@ def _samples(loaded: pipeline.Pipeline, measure: Measure, config: Config, weight
 
 def _reconstructions(
     loaded: pipeline.Pipeline, measure: Measure, held_out: SplitSource, config: Config, lpips: Distance | None
-) -> dict[str, Scores]:
-    """Return the scores of held-out images from all tokens and, where there are two kinds, from the discrete ones."""
+) -> tuple[dict[str, Scores], float]:
+    """Return the scores of held-out images from all tokens and, where there are two kinds, from the discrete ones.
+
+    With them comes the judge's class accuracy; in the scores stands that of the network where it knows the classes.
+    """
     images = Subset(held_out, config.evaluate.reconstructions, seed=config.seed)
     sizes = [level.size for level in loaded.spec.levels if level.kind == "discrete"]
     network, reference = measure.network, measure.reference
@@ -225,9 +228,9 @@ def _reconstructions(
                 scorer.update(full)
     source = f"{len(images)} held-out images of {config.data.source}"
     found = {name: scorer.scores(source=source, source_digest=images.digest) for name, scorer in scorers.items()}
-    if "judged" in found:
-        found["full"].values["class_accuracy"] = found.pop("judged").values["class_accuracy"]
-    return found
+    judged = found.pop("judged", found["full"]).values["class_accuracy"]
+    found["full"].values.setdefault("class_accuracy", judged)
+    return found, judged
 
 
 def _lpips(config: Config) -> tuple[Distance | None, str]:
@@ -251,7 +254,7 @@ def _trust(judge: ClassifierFeatures, held_out: SplitSource, config: Config) -> 
     if judge.classes == 1:
         warnings.append(
             "The data has one class: the judging classifier learns nothing from it, so its features and accuracy mean "
-            "nothing. Use --config.evaluate.features=inception."
+            "nothing. Use --config.evaluate.features=efficientnet_lite0 or inception."
         )
     elif worst < 0.5 * (1 + 1 / judge.classes):
         warnings.append(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ear_jax.config.schema import Config
+from ear_jax.metrics.features import CLASSIFIER_NAME
 from ear_jax.stages.session import Session
 
 _BESIDE = ("_std", "_low", "_high", "_floor")
@@ -19,6 +20,10 @@ def report(session: Session, result: Mapping[str, Any]) -> None:
         session.say(f"evaluation  judge on held-out images: {', '.join(judged)}")
         reconstructions, samples = result["class_accuracy_reconstructions"], result["class_accuracy_samples"]
         session.say(f"evaluation  class accuracy: reconstructions {reconstructions:.1%}, samples {samples:.1%}")
+        network = result["protocol"]["scores"].get("features", {}).get("network", CLASSIFIER_NAME)
+        if network != CLASSIFIER_NAME and "class_accuracy" in result["scores"]:
+            right = result["reconstruction_scores"]["full"]["class_accuracy"], result["scores"]["class_accuracy"]
+            session.say(f"evaluation  {network}: reconstructions {right[0]:.1%}, samples {right[1]:.1%} right")
     elif "class_accuracy" in result["scores"]:
         session.say(f"evaluation  class accuracy: images {result['scores']['class_accuracy']:.1%}")
     for what, values in result.get("reconstruction_scores", {}).items():

@@ -1,5 +1,6 @@
 """Train the generator on cached tokens and leave a model folder that samples."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from ear_jax.data.open import open_split
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder, pictures
+from ear_jax.generators.kind import Measuring
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.nn.functional import Arrays, functional, signature
 from ear_jax.nn.resize import to_signed
@@ -23,8 +25,11 @@ from ear_jax.stages.starting import Start
 from ear_jax.stages.tokenizer import held_out_batch
 from ear_jax.training.loop import ScoreHook, StageRun, train
 from ear_jax.training.step import TrainState
+from ear_jax.types import Batch
 
 GRID_COLUMNS = 10
+MEASURED_IMAGES = 4096
+"""What statistics of a generator are measured on, spread over the data set."""
 
 
 def train_generator(session: Session) -> None:
@@ -63,18 +68,21 @@ def train_generator(session: Session) -> None:
         return {f"samples_{kind}": pictures.grid(images, columns) for kind, images in drawn.items()}
 
     abstract = build.abstract_generator(config, spec, classes)
-    frozen = {name: array for name, array in tokenizer.items() if name.startswith(abstract.frozen)}
+    given = {name: array for name, array in tokenizer.items() if name.startswith(abstract.frozen)}
+    if isinstance(abstract, Measuring):
+        session.say(f"generator   measures its data on {min(MEASURED_IMAGES, len(source)):,} images")
+        given |= abstract.measure(_batches(source))
 
     start = None
     if config.generator.start_from and not session.has_begun("generator"):
-        expected = {name: it for name, it in signature(abstract).items() if name not in frozen}
+        expected = {name: it for name, it in signature(abstract).items() if name not in given}
         start = Start.read("generator", config.generator.start_from, expected, source.class_names, tokenizer)
     session.begin("generator", len(source))
     if session.is_first:
         record_tokens(workdir, source.digest)
 
     def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
-        return parameters, {**rest, **frozen}
+        return parameters, {**rest, **given}
 
     def held_out() -> dict[str, np.ndarray]:
         images = open_split(config.data, "eval", seed=config.seed)
@@ -129,6 +137,12 @@ def _scores(session: Session, pipeline: Pipeline) -> ScoreHook:
     )
 
     return TrainingScores(session, pipeline)
+
+
+def _batches(source: LatentsSource) -> Iterator[Batch]:
+    rows = np.linspace(0, len(source) - 1, min(MEASURED_IMAGES, len(source))).astype(np.int64)
+    for part in np.array_split(rows, -(-len(rows) // 256)):
+        yield source.batch(part, np.zeros(len(part), bool))
 
 
 def _training_facts(config: Config, source: LatentsSource, stage: StageRun) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def check_metrics(config: Config, *, images: int, held_out: int | None, classes:
         real = min(real, config.stats.images)
     for metric in (METRICS[name] for name in asked):
         shown = f"config.evaluate.metrics asks for {metric.name}"
-        if metric.is_of_inception and settings.features == "classifier":
-            raise ConfigError(f"{shown}, but config.evaluate.features=classifier; it needs {metric.needs}.")
+        if metric.is_of_inception and settings.features not in ("auto", "inception"):
+            raise ConfigError(f"{shown}, but config.evaluate.features={settings.features}; it needs {metric.needs}.")
         wanted = (metric.least - 1) * classes + 1 if metric.is_by_class else metric.least
         kept = settings.knn_samples if "rows" in metric.collects else wanted
         if settings.samples < wanted or kept < metric.least:

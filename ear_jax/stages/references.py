@@ -19,11 +19,19 @@ from ear_jax.errors import DataError
 from ear_jax.files import cache_folder, digest_of, file_sha256
 from ear_jax.folders.pictures import safe_name
 from ear_jax.metrics.collector import NO_LABEL, ImageBatch, ScoreSettings
-from ear_jax.metrics.feature_weights import INCEPTION, inception_weights
-from ear_jax.metrics.features import ClassifierFeatures, FeatureNetwork, InceptionNetwork
+from ear_jax.metrics.efficientnet import is_imagenet
+from ear_jax.metrics.feature_weights import INCEPTION, efficientnet_weights, inception_weights
+from ear_jax.metrics.features import (
+    CLASSIFIER_NAME,
+    ClassifierFeatures,
+    EfficientNetNetwork,
+    FeatureNetwork,
+    InceptionNetwork,
+)
 from ear_jax.metrics.reference import Reference, load_reference, reference_moments, save_reference
 from ear_jax.stages.judge import open_judge
 from ear_jax.stages.session import Session
+from ear_jax.weights.installed import INSTALL, has_efficientnet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +58,7 @@ def open_measure(session: Session, train: SplitSource) -> Measure:
     """Return what the run's samples are measured with; given weights are read before a judge is trained.
 
     Raises:
-        DataError: the weights of the Inception network, or a reference, cannot be had.
+        DataError: the weights of the network, or a reference, cannot be had.
     """
     network = open_network(session, train)
     judge = network if isinstance(network, ClassifierFeatures) else open_classifier(session, train)
@@ -58,24 +66,49 @@ def open_measure(session: Session, train: SplitSource) -> Measure:
 
 
 def chosen_network(config: Config) -> str:
-    """Return `classifier` or `inception`; auto is inception where its weights are at hand."""
+    """Return `classifier`, `efficientnet_lite0` or `inception`, as `config.evaluate.features` says or auto chooses."""
     settings = config.evaluate
     if settings.features != "auto":
         return settings.features
-    at_hand = bool(settings.inception_weights) or (cache_folder() / INCEPTION.name).is_file()
-    return "inception" if at_hand else "classifier"
+    if settings.inception_weights:
+        return "inception"
+    if _shows_photographs(config) and has_efficientnet():
+        return "efficientnet_lite0"
+    return "inception" if (cache_folder() / INCEPTION.name).is_file() else "classifier"
+
+
+def say_network(session: Session, network: FeatureNetwork) -> None:
+    """Print which network measures distances, by whose choice, and what would choose a better one."""
+    config = session.config
+    why = "chosen by auto" if config.evaluate.features == "auto" else "as config.evaluate.features says"
+    session.say(f"features    {network.name}, {network.width} features, weights {network.digest[:16]} ({why})")
+    if _shows_photographs(config) and network.name == CLASSIFIER_NAME and not has_efficientnet():
+        session.say(f"features    for photographs, a network trained by others on ImageNet: {INSTALL}")
+
+
+def _shows_photographs(config: Config) -> bool:
+    return config.data.source.partition(":")[0] != "shapes"
 
 
 def open_network(session: Session, train: SplitSource | None = None) -> FeatureNetwork:
     """Return the feature network of an evaluation; `train` is what the classifier learns, where it is open already.
 
     Raises:
-        DataError: the weights of the Inception network cannot be had.
+        DataError: the weights of the network cannot be had.
     """
-    settings = session.config.evaluate
-    if chosen_network(session.config) == "inception":
-        return InceptionNetwork(inception_weights(settings.inception_weights), batch_size=settings.batch_size)
-    return open_classifier(session, train or open_split(session.config.data, "train", seed=session.config.seed))
+    settings, chosen = session.config.evaluate, chosen_network(session.config)
+    if chosen == "inception":
+        network = InceptionNetwork(inception_weights(settings.inception_weights), batch_size=settings.batch_size)
+    elif chosen == "efficientnet_lite0":
+        network = EfficientNetNetwork(
+            efficientnet_weights(),
+            knows_classes=train is not None and is_imagenet(train.class_names),
+            batch_size=settings.batch_size,
+        )
+    else:
+        network = open_classifier(session, train or open_split(session.config.data, "train", seed=session.config.seed))
+    say_network(session, network)
+    return network
 
 
 def open_classifier(session: Session, train: SplitSource) -> ClassifierFeatures:

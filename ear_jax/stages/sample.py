@@ -1,15 +1,16 @@
 """Draw images from a model folder: a grid and single files, or one .npz for an evaluator."""
 
+import json
 import time
 import uuid
 from pathlib import Path
 
 import numpy as np
 
-from ear_jax.config import read
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.config.suggest import doubtful_ids
+from ear_jax.config.uses import drawing
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder, pictures
@@ -44,7 +45,7 @@ def sample(config: Config, model: str, folder: Path) -> Path:
     labels = np.resize(chosen, settings.count)
     request = {
         "model": digest_of((model_folder.find(model) / "config.json").read_bytes()),  # holds the weights' hashes
-        "generator": digest_of(repr(read.to_dict(config)["generator"])),
+        "drawing": json.loads(json.dumps(drawing(config))),
         "labels": chosen.tolist(),
         "count": settings.count,
         "seed": settings.seed,

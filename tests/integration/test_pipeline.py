@@ -354,7 +354,7 @@ def test_an_interrupted_set_goes_on_where_it_was_and_other_requests_go_elsewhere
     config = dataclasses.replace(
         CONFIG, sample=dataclasses.replace(CONFIG.sample, count=19, batch_size=4, format=format)
     )
-    monkeypatch.setattr(pipeline, "load", lambda path: model)
+    monkeypatch.setattr(pipeline, "load", lambda path, **_: model)
     draw, drawn, limit = model.sample_batches, [], 9
 
     def interrupted(labels: np.ndarray, **options: Any) -> Any:

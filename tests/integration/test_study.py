@@ -105,11 +105,9 @@ def test_the_end_to_end_study_times_a_model_and_keeps_what_it_timed(model, tmp_p
 
     with mock.patch.object(end_to_end, "_measure", side_effect=AssertionError("timed again")):
         assert main.main(arguments) == 0
-    with (
-        mock.patch.object(end_to_end, "_measure", side_effect=AssertionError("timed anew")),
-        pytest.raises(AssertionError, match="timed anew"),
-    ):
-        main.main([*arguments, "--config.sample.guidance_scale=2"])
+    with mock.patch.object(end_to_end, "_measure", side_effect=AssertionError("timed anew")):
+        assert main.main([*arguments, "--config.sample.guidance_scale=2"]) == 70
+        assert "timed anew" in capsys.readouterr().err
 
 
 def test_the_end_to_end_study_says_what_it_lacks(model, tmp_path, capsys):

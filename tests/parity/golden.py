@@ -56,9 +56,10 @@ class Golden:
     def tolerance(self, name: str) -> float:
         """Return the largest absolute difference allowed for a float output."""
         rules = self.json["tolerance"]
-        if f"out/{name}" in rules["per_tensor_atol"]:
+        if f"out/{name}" in rules.get("per_tensor_atol", ()):
             return rules["per_tensor_atol"][f"out/{name}"]
-        return rules["recommended_atol_rel_to_max"] * _largest(self.outputs[name])
+        relative = rules.get("recommended_atol_rel_to_max", rules.get("recommended_rel_to_max"))
+        return relative * _largest(self.outputs[name])
 
     def check(self, name: str, value: Any) -> None:
         """Assert that `value` agrees with output `name`: integers exactly, floats within the recorded tolerance.

@@ -86,10 +86,9 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     )
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
     stamps: list[dict[str, int]] = []
-    for _ in range(2):
-        done = subprocess.run(
-            [*command, f"--config.run.program_cache={cache}"], capture_output=True, text=True, env=environment
-        )
+    for seed in range(2):
+        asked = [*command, f"--config.run.program_cache={cache}", f"--config.sample.seed={seed}"]
+        done = subprocess.run(asked, capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and not done.stderr, done.stderr
         stamps.append({path.name: path.stat().st_mtime_ns for path in cache.rglob("*-atime")})
     first, second = stamps

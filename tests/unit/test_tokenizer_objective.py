@@ -10,6 +10,7 @@ import pytest
 from tiny_tokenizers import compiled, pictures, tiny_hybrid, tiny_vae, train_step
 
 from ear_jax.nn.functional import Keys
+from ear_jax.tokenizers import objective as objectives
 from ear_jax.tokenizers.objective import TokenizerObjective
 
 START = 60
@@ -119,6 +120,23 @@ def test_terms_of_weight_zero_are_absent(measured: Callable[..., dict[str, float
     metrics = measured(tiny_vae, l1=1.0)
     assert set(metrics) == {"loss", "loss/l1", "psnr"}
     assert metrics["loss"] == metrics["loss/l1"]
+
+
+def test_the_perceptual_term_joins_by_its_weight_and_at_zero_no_network_is_made(
+    measured: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch
+):
+    made = []
+
+    def network() -> Callable[[jax.Array, jax.Array], jax.Array]:
+        made.append(1)
+        return lambda images, originals: jnp.abs(images - originals).max(axis=(1, 2, 3))
+
+    monkeypatch.setitem(objectives.FEATURE_DISTANCES, "efficientnet_lite0", network)
+    without = measured(tiny_vae, l1=1.0)
+    assert measured(tiny_vae, l1=1.0, perceptual=0.0) == without and not made, "bit for bit"
+    metrics = measured(tiny_vae, l1=1.0, perceptual=0.5)
+    assert made == [1] and metrics["loss/l1"] == without["loss/l1"]
+    np.testing.assert_allclose(metrics["loss"], without["loss"] + 0.5 * metrics["loss/perceptual"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("probability", "absent"), [(0.0, "psnr_coarse"), (1.0, "psnr")])

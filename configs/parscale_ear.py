@@ -1,0 +1,66 @@
+"""ParScale-EAR: a continuous latent drawn scale by scale, coarsest first, each scale in one step by an energy head.
+
+    python -m ear_jax.main --config=configs/parscale_ear.py            # the demo: built-in shapes, minutes on a CPU
+    python -m ear_jax.main --config=configs/parscale_ear.py:cifar10_cpu --config.data.source=folder:CIFAR10
+    python -m ear_jax.main --config=configs/parscale_ear.py:imagenet256_d16,tiny --config.data.source=folder:PHOTOS
+
+| variant         | pixels | latent   | scales              | passes | backbone  |
+|-----------------|--------|----------|---------------------|--------|-----------|
+| demo            | 32     | 8x8x8    | 1 2 4 8             | 4      | 128 x 3   |
+| cifar10_cpu     | 32     | 8x8x8    | 1 2 4 8             | 4      | 128 x 6   |
+| cifar10         | 32     | 8x8x8    | 1 2 4 8             | 4      | 384 x 12  |
+| imagenet256_d16 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1024 x 16 |
+| imagenet256_d20 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1280 x 20 |
+| imagenet256_d24 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1536 x 24 |
+| imagenet256_d30 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1920 x 30 |
+| imagenet512     | 512    | 32x32x32 | 1 2 4 8 16 32 (2x2) | 6      | 1024 x 16 |
+
+The tokenizer is Lite-Hybrid's LiteVAE without its coarse branch. The backbone is VAR's. The larger recipes are this
+project's choice and have not been trained. `,tiny` after a variant reduces it so that it runs through on a CPU.
+"""
+
+from typing import Any
+
+import ml_collections
+
+import lite_hybrid
+from _recipes import config_of
+
+VARIANTS = (
+    "demo",
+    "cifar10",
+    "cifar10_cpu",
+    "imagenet256_d16",
+    "imagenet256_d20",
+    "imagenet256_d24",
+    "imagenet256_d30",
+    "imagenet512",
+)
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """Return the keys of a variant that differ from the defaults."""
+    return config_of(variant, VARIANTS, _recipe)
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    size, _, depth = name.partition("_d")
+    recipe = lite_hybrid.get_config(size).to_dict()
+    recipe["name"] = f"parscale_ear_{name}"
+    tokenizer, generator = recipe["tokenizer"], recipe["generator"]
+    for key in ("coarse", "fine", "fusion", "hybrid_start_steps", "coarse_only_probability"):
+        tokenizer.pop(key, None)
+    tokenizer["name"] = "lite_vae"
+    for key in ("coarse", "fine"):
+        generator.pop(key, None)
+    generator["patch_size"] = 2 if size == "imagenet512" else 1
+    generator["backbone"].pop("class_tokens")
+    generator["backbone"] |= dict(name="continuous_next_scale", gate_init=1.0, dropout=0.0)
+    generator["energy"] |= dict(temperature_scales="noise")
+    generator["pyramid"] = dict(targets="absolute", context_noise=0.5, head="token")
+    recipe["sample"].pop("coarse_temperature", None)
+    if size.startswith("imagenet"):
+        layers = int(depth or 16)
+        generator["backbone"] |= dict(width=64 * layers, depth=layers, heads=layers, drop_path=0.1 * layers / 24)
+        recipe["sample"] |= dict(guidance_scale=2.0, temperature=1.0)
+    return recipe

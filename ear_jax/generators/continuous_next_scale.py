@@ -1,0 +1,287 @@
+"""ParScale-EAR's kind: next-scale prediction over continuous latents, an energy head draws a scale in one step."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ear_jax.backbones.next_scale import NextScaleBackbone
+from ear_jax.config import kinds
+from ear_jax.config.schema import Config
+from ear_jax.generators import guidance
+from ear_jax.generators.kind import level_keys, trunk_of
+from ear_jax.generators.next_scale import UNDECAYED, FrozenVariable, growth
+from ear_jax.heads.energy import EnergyHead
+from ear_jax.heads.joint import JointEnergyHead
+from ear_jax.nn.patches import patchify, unpatchify
+from ear_jax.nn.resize import apply_to_axes, area_matrix, bicubic_matrix
+from ear_jax.sampling import Sampling
+from ear_jax.types import Batch, Group, LevelSpec, Metrics, Posterior, TokenizerSpec, Tokens, usual_group
+
+Seen = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+"""What the model sees of the tokens of scale k: the tokens themselves, changed or not, and how much of them is left."""
+
+
+class ContinuousNextScaleGenerator(nnx.Module):
+    """Models a latent map as a pyramid of continuous scales given a class; each scale is drawn in one pass.
+
+    A scale is the map reduced by areas (`absolute` targets), or what the scales before it left over (`residual`: the
+    remainder of what was *seen*, so that later scales correct what was wrong with earlier ones), at unit scale by
+    measured statistics. Its input is the coarser one enlarged (`absolute`), or the sum so far reduced (`residual`),
+    with one more channel: how much of it is left, w. While training each scale in view becomes w x + (1 - w) noise, w
+    uniform from 1 - `context_noise` to 1, one an image and scale; in sampling w is 1.
+
+    `scales` are sides in latent pixels, the last that of the map, whose tokens are squares of `patch_size`. `heads` are
+    one for all scales, and one of its own for the last where squares make its tokens larger.
+    """
+
+    frozen: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        backbone: NextScaleBackbone,
+        heads: Sequence[EnergyHead],
+        scales: tuple[int, ...],
+        levels: tuple[LevelSpec, ...],
+        patch_size: int,
+        targets: str,
+        context_noise: float,
+        own_context_probability: float,
+        scale_weight_power: float,
+        label_drop: float,
+    ):
+        self.backbone = backbone
+        self.heads: Sequence[EnergyHead] = nnx.List(heads)
+        self.scales, self.levels, self.patch_size = scales, levels, patch_size
+        self.is_residual = targets == "residual"
+        self.context_noise = context_noise
+        self.own_context_probability = own_context_probability
+        self.scale_weight_power = scale_weight_power
+        self.label_drop = label_drop
+        shape = (len(scales), levels[0].size if len(levels) > 1 else levels[0].size // patch_size**2)
+        self.scale_mean = FrozenVariable(jnp.zeros(shape, jnp.float32))
+        self.scale_std = FrozenVariable(jnp.ones(shape, jnp.float32))
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """The weight of each scale: tokens^(1 - a), together 1."""
+        raw = {level.name: level.tokens ** (1 - self.scale_weight_power) for level in self.levels}
+        return {name: weight / sum(raw.values()) for name, weight in raw.items()}
+
+    def group(self, name: str) -> Group:
+        """Return VAR's group in the backbone and EAR's in the heads, whose matrices have a rate of their own."""
+        if name.startswith("heads/") and name.endswith("/kernel"):
+            return Group(decays=False, is_head=True)
+        return usual_group(name, *UNDECAYED)
+
+    def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
+        """Turn the tokenizer's map into the scales, as they are without noise."""
+        return self._pyramid(self._map(tokens), lambda tokens, k: (tokens, jnp.ones(tokens.shape[:1], jnp.float32)))[0]
+
+    def to_tokens(self, levels: tuple[jax.Array, ...]) -> Tokens:
+        """Undo `to_levels`: the last scale, or the sum of all where they are residual."""
+        running = None
+        for k, level in enumerate(levels):
+            if self.is_residual or k == len(levels) - 1:
+                running = self._added(running, level, k)
+        assert running is not None
+        return Tokens((running.reshape(running.shape[0], -1, running.shape[-1]),))
+
+    def measure(self, batches: Iterable[Batch]) -> dict[str, jax.Array]:
+        """Return mean and deviation of each scale and channel over cached batches, by the names of their arrays."""
+        total: Any = None
+        for number, batch in enumerate(batches):
+            values = self._map(Posterior.from_batch(batch).sample(jax.random.key(number)))
+            maps = self._raw_scales(values)
+            counts = [jnp.full(x.shape[-1], x[..., 0].size, jnp.float32) for x in maps]
+            powers = [(n, x.sum((0, 1, 2)), jnp.square(x).sum((0, 1, 2))) for n, x in zip(counts, maps, strict=True)]
+            sums = [jnp.stack(own) for own in powers]
+            total = jnp.stack(sums) if total is None else total + jnp.stack(sums)
+        count, first, second = jnp.moveaxis(total, 1, 0)
+        mean = first / count
+        return {"scale_mean": mean, "scale_std": jnp.sqrt(jnp.maximum(second / count - mean**2, 1e-8))}
+
+    def loss(
+        self, batch: Batch, rng: jax.Array, step: jax.Array, controls: Mapping[str, Any]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the weighted sum of the energy scores of all scales, each with the coarser ones in view.
+
+        Labels are dropped with probability `label_drop`.
+        """
+        token_rng, drop_rng, noise_rng, backbone_rng, head_rng, own_rng = jax.random.split(rng, 6)
+        values = self._map(Posterior.from_batch(batch).sample(token_rng))
+        labels_B = jnp.asarray(batch["label"], jnp.int32)
+        drop_B = jax.random.uniform(drop_rng, labels_B.shape, jnp.float32) < self.label_drop
+        own = self._own_draws(values, labels_B, drop_B, own_rng) if self.own_context_probability else None
+
+        def seen(tokens: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+            w_rng, n_rng, o_rng = jax.random.split(jax.random.fold_in(noise_rng, k), 3)
+            kept_B = 1 - self.context_noise * jax.random.uniform(w_rng, labels_B.shape, jnp.float32)
+            w_B11 = kept_B[:, None, None]
+            noisy = w_B11 * tokens + (1 - w_B11) * jax.random.normal(n_rng, tokens.shape, jnp.float32)
+            if own is None:
+                return noisy, kept_B
+            is_own = jax.random.uniform(o_rng, labels_B.shape, jnp.float32) < self.own_context_probability
+            return jnp.where(is_own[:, None, None], own[k], noisy), jnp.where(is_own, 1.0, kept_B)
+
+        targets, inputs_BMD = self._pyramid(values, seen if self.context_noise or own is not None else _clean)
+        hidden_BLE = self.backbone(inputs_BMD, labels_B, drop_B, backbone_rng)
+        total, metrics = jnp.float32(0.0), {}
+        for k, (level, target_BND) in enumerate(zip(self.levels, targets, strict=True)):
+            everywhere_BN = jnp.ones(target_BND.shape[:2], bool)
+            own_head_rng = jax.random.fold_in(head_rng, k)
+            loss, more = self._head(k).loss(
+                self._of_scale(hidden_BLE, k), target_BND, everywhere_BN, own_head_rng, dict(controls)
+            )
+            total = total + self.loss_weights[level.name] * loss
+            metrics[f"loss/{level.name}"] = loss
+            metrics |= {f"{name}/{level.name}": value for name, value in more.items()}
+        return total, metrics
+
+    def draw(
+        self, context: tuple[jax.Array, ...], labels_B: Int[Array, "B"], keys_B: jax.Array, sampling: Sampling
+    ) -> tuple[jax.Array, ...]:
+        """Draw all scales in one piece; raises ValueError for a context, whose keys and values are not here.
+
+        Keys and values are cached: one pass a scale. Guidance acts on hidden states and grows with the scale as
+        `guidance_schedule` says.
+        """
+        if context:
+            raise ValueError("scales are drawn from the first on, in one piece; give no context")
+        B, branches = labels_B.shape[0], 2 if sampling.is_guided else 1
+        condition = self.backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
+        cache = self.backbone.empty_cache(branches * B)
+        shares = growth(len(self.levels), sampling.guidance_schedule).tolist()
+        inputs, running, drawn = None, None, []
+        for k in range(len(self.levels)):
+            hidden, cache = self.backbone.extend(condition, inputs, k, cache)
+            if sampling.is_guided:
+                hidden = guidance.mix(hidden[:B], hidden[B:], guidance.at_step(sampling.guidance_scale, shares[k]))
+            head = self._head(k)
+            drawn.append(head.sample(head.predict(hidden), level_keys(keys_B, k), sampling.temperature))
+            if k < len(self.levels) - 1:
+                running = self._added(running, drawn[-1], k)
+                own = self._input(running, drawn[-1], jnp.ones((B,), jnp.float32), k + 1)
+                inputs = jnp.concatenate([own] * branches)
+        return tuple(drawn)
+
+    def _own_draws(self, values: jax.Array, labels_B: jax.Array, drop_B: jax.Array, rng: jax.Array) -> list[jax.Array]:
+        hidden_BLE = self.backbone(self._pyramid(values, _clean)[1], labels_B, drop_B, None)
+        keys_B = jax.random.split(rng, labels_B.shape[0])
+        draws = []
+        for k in range(len(self.levels) - 1):
+            head = self._head(k)
+            draws.append(head.sample(head.predict(self._of_scale(hidden_BLE, k)), level_keys(keys_B, k), 1.0))
+        return jax.lax.stop_gradient(draws)
+
+    def _head(self, k: int) -> EnergyHead:
+        return self.heads[-1 if k == len(self.levels) - 1 else 0]
+
+    def _of_scale(self, hidden_BLE: jax.Array, k: int) -> jax.Array:
+        start = sum(level.tokens for level in self.levels[:k])
+        return hidden_BLE[:, start : start + self.levels[k].tokens]
+
+    def _map(self, tokens: Tokens) -> jax.Array:
+        (fine_BND,) = tokens.levels
+        side = self.scales[-1]
+        return fine_BND.reshape(fine_BND.shape[0], side, side, -1)
+
+    def _pyramid(self, values: jax.Array, seen: Seen) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return the target of each scale, and the inputs of all scales but the first, joined."""
+        targets, inputs, running = [], [], None
+        for k in range(len(self.levels)):
+            rest = values - running if self.is_residual and running is not None else values
+            targets.append(self._tokens(apply_to_axes(rest, area_matrix(self.scales[-1], self.scales[k])), k))
+            if k < len(self.levels) - 1:
+                tokens, kept_B = seen(targets[-1], k)
+                running = self._added(running, tokens, k)
+                inputs.append(self._input(running, tokens, kept_B, k + 1))
+        B, D = values.shape[0], values.shape[-1]
+        joined = jnp.concatenate(inputs, axis=1) if inputs else jnp.zeros((B, 0, D + 1), jnp.float32)
+        return tuple(targets), joined
+
+    def _raw_scales(self, values: jax.Array) -> list[jax.Array]:
+        """Return the maps of all scales before they are brought to unit scale."""
+        maps, rest = [], values
+        for side in self.scales:
+            maps.append(apply_to_axes(rest, area_matrix(self.scales[-1], side)))
+            if self.is_residual:
+                rest = rest - apply_to_axes(maps[-1], bicubic_matrix(side, self.scales[-1]))
+        return maps
+
+    def _tokens(self, maps: jax.Array, k: int) -> jax.Array:
+        unit = (maps - self.scale_mean[...][k]) / self.scale_std[...][k]
+        tokens = unit.reshape(unit.shape[0], -1, unit.shape[-1])
+        return patchify(tokens, self.patch_size) if k == len(self.levels) - 1 else tokens
+
+    def _added(self, running: jax.Array | None, tokens: jax.Array, k: int) -> jax.Array:
+        """Return the map of the scales so far: the sum where they are residual, else the last one."""
+        unit = unpatchify(tokens, self.patch_size) if k == len(self.levels) - 1 else tokens
+        side, last = self.scales[k], self.scales[-1]
+        maps = unit.reshape(unit.shape[0], side, side, -1) * self.scale_std[...][k] + self.scale_mean[...][k]
+        if not self.is_residual:
+            return maps
+        maps = maps if side == last else apply_to_axes(maps, bicubic_matrix(side, last))
+        return maps if running is None else running + maps
+
+    def _input(self, running: jax.Array, tokens: jax.Array, kept_B: jax.Array, k: int) -> jax.Array:
+        """Return the inputs of scale k: what is seen of the coarser ones on its grid, and how much of it is left."""
+        side, below = self.levels[k].grid, self.scales[k - 1]
+        if self.is_residual:
+            maps = apply_to_axes(running, area_matrix(self.scales[-1], side))
+        else:
+            unit = tokens.reshape(tokens.shape[0], below, below, -1)
+            maps = unit if side == below else apply_to_axes(unit, bicubic_matrix(below, side))
+        flat = maps.reshape(maps.shape[0], side * side, -1)
+        kept = jnp.broadcast_to(kept_B[:, None, None], (*flat.shape[:2], 1))
+        return jnp.concatenate([flat, kept], axis=-1)
+
+
+def _clean(tokens: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    return tokens, jnp.ones(tokens.shape[:1], jnp.float32)
+
+
+def make_continuous_next_scale(
+    config: Config, spec: TokenizerSpec, classes: int, dtype: DTypeLike, rngs: nnx.Rngs
+) -> ContinuousNextScaleGenerator:
+    """Make the generator for the one continuous level of a tokenizer."""
+    generator, own = config.generator, config.generator.backbone
+    levels, pyramid = kinds.levels(config), config.generator.pyramid
+    (fine,) = spec.levels
+    backbone = NextScaleBackbone(
+        trunk_of(own, dtype),
+        scales=tuple(level.grid for level in levels),
+        input_channels=fine.size + 1,
+        classes=classes,
+        drop_path=own.drop_path,
+        use_unit_attention=own.use_unit_attention,
+        use_shared_modulation=own.use_shared_modulation,
+        gate_init=own.gate_init,
+        rngs=rngs,
+    )
+    energy = dataclasses.asdict(generator.energy) | dict(hidden_width=own.width, dtype=dtype)
+
+    def head(channels: int) -> EnergyHead:
+        if pyramid.head == "token":
+            return EnergyHead(channels=channels, **energy, rngs=rngs)
+        joint = dict(windows=pyramid.windows, attention_heads=pyramid.attention_heads)
+        return JointEnergyHead(channels=channels, **joint, **energy, rngs=rngs)
+
+    return ContinuousNextScaleGenerator(
+        backbone=backbone,
+        heads=[head(size) for size in dict.fromkeys(level.size for level in levels)],
+        scales=kinds.pyramid_scales(config),
+        levels=levels,
+        patch_size=generator.patch_size,
+        targets=pyramid.targets,
+        context_noise=pyramid.context_noise,
+        own_context_probability=pyramid.own_context_probability,
+        scale_weight_power=pyramid.scale_weight_power,
+        label_drop=generator.label_drop,
+    )
