@@ -454,6 +454,9 @@ SAMPLE_METRICS = (
 )
 """What can be measured of samples; each needs what its network and reference hold."""
 
+LEAST_JUDGED_PX = 16
+"""Side of the smallest images that the judging classifier takes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:

@@ -1,26 +1,23 @@
-"""Image files in class sub-folders, in whatever layout people have them: found, checked, split and read.
-
-Layouts: PATH/{train,val …}/CLASS/..., PATH/CLASS/... (a fixed fraction is held out), or PATH/*.jpg (one class).
-`layout.py` tells them apart, `tree.py` says what is an image, decoding is `images.py`.
-"""
+"""Image files in class sub-folders: checked, split and read; `folder_files.py` finds them, `images.py` decodes them."""
 
 import concurrent.futures
 import errno
 import hashlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import TypeVar
 
 import numpy as np
 
 from ear_jax.config.schema import DataConfig
-from ear_jax.data.folder_index import SMALLEST_KEPT, Item, list_images
+from ear_jax.data.folder_files import find_files, listed
+from ear_jax.data.folder_index import SMALLEST_KEPT, Item
 from ear_jax.data.images import DamagedImage, DecodeRules, check_header, printable
-from ear_jax.data.layout import find_layout, refuse_one_level_too_high
+from ear_jax.data.layout import refuse_one_level_too_high
 from ear_jax.data.sources import Quarantine, Split
-from ear_jax.data.tree import Dropped, class_order, sub_folders, walk
-from ear_jax.errors import ConfigError, DataError, StorageError
+from ear_jax.errors import DataError, StorageError
 from ear_jax.files import digest_of
 
 _UNREADABLE = frozenset(
@@ -34,63 +31,36 @@ class FolderSource:
     """Encoded images of one split of a folder; damaged headers are quarantined at opening."""
 
     def __init__(self, path: str, split: Split, config: DataConfig, rules: DecodeRules) -> None:
-        self._root = os.path.expanduser(path)
-        self._rules = rules
-        if not os.path.isdir(self._root):
-            raise ConfigError(f"config.data.source: {printable(path)!r} is not a folder; expected folder:PATH")
-        layout = find_layout(self._root, config.layout)
-        notes, dropped = list(layout.notes), Dropped()
-        held_out = layout.held_out is None
-        train = layout.train
-        base = train if split == "train" or layout.held_out is None else layout.held_out
-        known = {os.path.basename(folder): folder for folder in sub_folders(train, dropped)}
-        names = class_order(known, config.class_order) or [os.path.basename(os.path.abspath(train))]
-        if names != class_order(names, "text"):
-            notes.append(
-                f"class folders are numbered: ids follow the numbers ({_listed(names, 4)}), not the text order "
-                f"({_listed(class_order(names, 'text'), 4)}); --config.data.class_order=text keeps that"
+        files = find_files(path, split, config)
+        self._root, self._rules, self.class_names = files.root, rules, files.class_names
+        items, base, folders, notes = files.items, files.base, files.folders, list(files.notes)
+        if files.strange:
+            raise DataError(
+                f"{printable(base)} has classes that the training folder lacks: {listed([*files.strange])}. "
+                "Both must use the same class folder names"
             )
-        elif names and known and all(name.isdecimal() for name in names) and config.class_order == "text":
-            notes.append(f"class folders are numbered, and ids follow the text order ({_listed(names, 4)})")
-        self.class_names = tuple(printable(name) for name in names)
-        folders = [os.path.join(base, name) for name in names] if known else [base]
-        if base != train:
-            strange = [f for f in sub_folders(base) if known and os.path.basename(f) not in known]
-            if strange:
-                raise DataError(
-                    f"{printable(base)} has classes that the training folder lacks: {_listed(strange)}. "
-                    "Both must use the same class folder names"
-                )
-            absent = [f for f in folders if not os.path.isdir(f)]
-            if absent:
-                notes.append(f"{len(absent)} classes have no folder in {printable(base)}: {_listed(absent)}")
-        beside = walk(base, self._root, Dropped(), is_deep=False) if folders != [base] else []
-        for path, _ in beside:
-            dropped.add("images beside the class folders", path)
-        items, indexed = list_images(self._root, folders, dropped)
-        notes += indexed
-        notes += dropped.notes
         if not items:
             raise DataError(f"no images in {printable(base)}; expected {_wanted()}")
-        if split == "train" and known:
+        if split == "train" and files.has_classes:
+            names = [os.path.basename(folder) for folder in folders]
             notes += refuse_one_level_too_high(self._root, base, names, items, config.layout)
-        if len(names) == 1 and split == "train":
+        if len(folders) == 1 and split == "train":
             notes.append(f"one class only: {self.class_names[0]}")
         empty = sorted(set(range(len(folders))) - {label for _, label, _ in items})
         if empty and split == "train":
             raise DataError(
-                f"{len(empty)} class folders hold no images: {_listed([folders[k] for k in empty])}. "
+                f"{len(empty)} class folders hold no images: {listed([folders[k] for k in empty])}. "
                 "Remove them or put images into them"
             )
         self.quarantine = Quarantine(len(items), config.max_bad_fraction)
         items = self._check_headers(items, config.decode_threads)
         lost = sorted(set(range(len(folders))) - {label for _, label, _ in items})
         if lost and split == "train":
-            raise DataError(f"all images are damaged in {_listed([folders[k] for k in lost])}")
-        if held_out:
+            raise DataError(f"all images are damaged in {listed([folders[k] for k in lost])}")
+        if files.is_shared:
             items = _hold_out(items, split, config.eval_fraction, config.eval_images, self._root)
         elif split == "eval":
-            items = _ranked(items)[: config.eval_images]
+            items = list(itertools.islice(_ranked(items), config.eval_images))
         if split == "train" and len({label for _, label, _ in items}) < len(folders):
             notes.append("classes of one image were held out for evaluation: some classes have no training image")
         self.notes = tuple(notes)
@@ -125,6 +95,8 @@ class FolderSource:
         else:
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 faults = list(pool.map(fault_of, items))
+        if not any(faults):
+            return items
         for (path, _, _), fault in zip(items, faults, strict=True):
             if fault:
                 self.quarantine.add(path, fault, enforce=False)
@@ -144,10 +116,11 @@ def _with_file(path: str, use: Callable[[BufferedReader], _T]) -> _T:
         raise StorageError(f"cannot read {printable(path)}: {fault.strerror}") from None
 
 
-def _ranked(items: list[Item]) -> list[Item]:
+def _ranked(items: list[Item]) -> Iterator[Item]:
     """Order files by a hash of their name: the same on every machine, and stable when files are added."""
-    hashes = b"".join(hashlib.blake2b(os.fsencode(item[0]), digest_size=8).digest() for item in items)
-    return [items[place] for place in np.argsort(np.frombuffer(hashes, ">u8"), kind="stable").tolist()]
+    names = os.fsencode("\0".join(item[0] for item in items)).split(b"\0")  # one call instead of a million
+    hashes = b"".join([hashlib.blake2b(name, digest_size=8).digest() for name in names])
+    return (items[place] for place in np.argsort(np.frombuffer(hashes, ">u8"), kind="stable"))
 
 
 def _hold_out(items: list[Item], split: Split, fraction: float, most: int, root: str) -> list[Item]:
@@ -173,11 +146,6 @@ def _hold_out(items: list[Item], split: Split, fraction: float, most: int, root:
         return held
     names = {item[0] for item in held}
     return [item for item in items if item[0] not in names]
-
-
-def _listed(paths: list[str], most: int = 10) -> str:
-    names = [printable(os.path.basename(path)) for path in paths]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _wanted() -> str:

@@ -85,7 +85,7 @@ class _Folder:
         for folder in sub_folders(root, dropped):
             found += walk(folder, root, dropped)
         kept = []
-        for name, size in sorted(found, key=lambda item: item[0].split(os.sep)):
+        for name, size, _ in sorted(found, key=lambda item: item[0].split(os.sep)):
             if os.path.basename(name) == GRID_NAME:
                 dropped.add("files that hold a grid of images", name)
             else:

@@ -197,10 +197,15 @@ def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
         ) from None
 
 
+def cache_digest(directory: str | os.PathLike[str]) -> str:
+    """Return the digest of the source that a finished cache makes; raises DataError when there is none."""
+    return _digest(read_description(directory))
+
+
 def is_complete(directory: str | os.PathLike[str], description: CacheDescription) -> bool:
     """Say whether a finished cache made from the same things lies in a folder, whatever its number of shards."""
     try:
-        return _digest(read_description(directory)) == _digest(description)
+        return cache_digest(directory) == _digest(description)
     except DataError:
         return False
 

@@ -1,82 +1,123 @@
-"""What a data set consists of, apart from where it lies: its files by relative name and size, and what changed in them.
+"""What a data set consists of, apart from where it lies: its files by relative name, size, time and content.
 
 A run keeps the listing of its images, so that a later call can tell the same images under a new path from other ones.
 """
 
 import collections
-import gzip
-import itertools
-import json
+import concurrent.futures
+import dataclasses
+import hashlib
 import os
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int64, UInt8, UInt64
+
+from ear_jax.array_files import open_archive
 from ear_jax.config.schema import DataConfig
+from ear_jax.data.folder_files import FolderFiles, find_files
+from ear_jax.data.folder_index import SMALLEST_KEPT, joined, split
 from ear_jax.data.images import printable
 from ear_jax.data.tfds import TfdsSource
-from ear_jax.data.tree import is_image, is_no_class
-from ear_jax.errors import DataError, StorageError
-from ear_jax.files import digest_of, write_bytes
-
-Listing = dict[str, dict[str, int]]
-"""Size in bytes (-1: cannot be told) by file name, by folder below the root."""
+from ear_jax.files import atomic_file, digest_of
 
 _SHOWN = 4
-_SMALL_BYTES, _MOST_TIMES = 1 << 20, 32  # unpacked; names and sizes take about six times less when packed
+_MOST_DIGESTED_BYTES = 1 << 30
+_READ_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Files of a data set, ordered by name.
+
+    Attributes:
+        names: below the root, brought together by `folder_index.joined`.
+        sizes: in bytes; -1 where it cannot be told.
+        times: of change in ns; copying a folder changes them, and so they identify nothing.
+        contents: a digest of each file; empty where there is too much to read (`with_contents`).
+    """
+
+    names: UInt8[np.ndarray, " bytes"]
+    sizes: Int64[np.ndarray, " n"]
+    times: Int64[np.ndarray, " n"]
+    contents: UInt64[np.ndarray, " m"] = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def digest(self) -> str:
+        """Identify the files by name, size and content, or time where contents are not known."""
+        told = self.contents if len(self.contents) else self.times
+        return digest_of(*(array.tobytes() for array in (self.names, self.sizes, told)))
+
+    def has_files_of(self, other: "Listing") -> bool:
+        """Tell whether names and sizes are the same."""
+        return np.array_equal(self.names, other.names) and np.array_equal(self.sizes, other.sizes)
 
 
 def listing_of(config: DataConfig) -> Listing | None:
-    """Return what `config.source` consists of; None where a folder is not there, {} for data that is made from keys.
+    """Return the files that training and evaluation read of `config.source`; none for data that is made from keys.
+
+    Returns None where a folder is not there.
 
     Raises:
         StorageError: a folder cannot be listed.
-        DataError: a tfds set is not prepared.
+        DataError: a tfds set is not prepared, or a folder could be splits as well as classes.
     """
     kind, _, argument = config.source.partition(":")
     if kind == "tfds":
-        splits = [TfdsSource(argument, split, config).digest for split in ("train", "eval")]
-        return {"tfds": {digest: 0 for digest in splits}}
-    return list_images(os.path.expanduser(argument)) if kind == "folder" else {}
-
-
-def list_images(root: str) -> Listing | None:
-    """List the image files below a folder as training finds them, one `stat` a file; None where there is no folder."""
-    if not os.path.isdir(root):
+        splits = sorted(TfdsSource(argument, split, config).digest for split in ("train", "eval"))
+        return Listing(joined(splits), np.zeros(2, np.int64), np.zeros(2, np.int64))
+    if kind != "folder":
+        return of_files()
+    if not os.path.isdir(os.path.expanduser(argument)):
         return None
-    found: Listing = {}
-    waiting = [("", root)]
-    while waiting:
-        name, folder = waiting.pop()
-        sizes: dict[str, int] = {}
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    # Links to folders are followed where they can be classes: at the top, and below a split folder.
-                    if entry.is_dir(follow_symlinks=name.count("/") < 1 and not _leads_up(entry, folder)):
-                        if not is_no_class(entry.name):
-                            waiting.append((f"{name}/{entry.name}".lstrip("/"), entry.path))
-                    elif is_image(entry.name) and not entry.name.startswith("."):
-                        sizes[entry.name] = _size(entry)
-        except OSError as fault:
-            raise StorageError(f"cannot list {printable(folder)}: {fault.strerror}; check its permissions") from None
-        if sizes:
-            found[name] = sizes
-    return found
+    train = find_files(argument, "train", config)
+    return of_files(train) if train.is_shared else of_files(train, find_files(argument, "eval", config))
 
 
-def digest(listing: Listing) -> str:
-    """Return a digest of a listing, whatever the order in which it was found."""
-    rows = (
-        f"{folder}\0{name}\0{size}\n" for folder in sorted(listing) for name, size in sorted(listing[folder].items())
-    )
-    return digest_of(*("".join(rows).encode("utf-8", "surrogateescape"),))
+def of_files(*splits: FolderFiles) -> Listing:
+    """Return the listing of the files of splits."""
+    names = [path for files in splits for path, _, _ in files.items]
+    sizes = np.fromiter((size for files in splits for _, _, size in files.items), np.int64, len(names))
+    times = np.concatenate([files.times for files in splits]) if splits else sizes
+    order = np.asarray(sorted(range(len(names)), key=names.__getitem__), np.int64)
+    return Listing(joined(names[place] for place in order.tolist()), sizes[order], times[order])
+
+
+def with_contents(listing: Listing, config: DataConfig) -> Listing:
+    """Return the listing of `config.source` with a digest of each file, where they are few: it takes reading them.
+
+    Few is less than 100,000 files of 1 GiB altogether: of more, an index hides what is overwritten in place.
+    """
+    kind, _, root = config.source.partition(":")
+    if kind != "folder" or len(listing) >= SMALLEST_KEPT or listing.sizes.sum() > _MOST_DIGESTED_BYTES:
+        return listing
+    return dataclasses.replace(listing, contents=_contents(root, split(listing.names), config.decode_threads))
+
+
+def differing(before: Listing, after: Listing, config: DataConfig) -> tuple[list[str], bool]:
+    """Return the files of one name and size whose times differ, and whether that is known to be another content.
+
+    Where the earlier listing has digests, files whose times differ are read, and only those of other content returned.
+    """
+    places = np.flatnonzero(before.times != after.times)
+    if not len(places):
+        return [], False
+    names = split(after.names)
+    chosen = [names[place] for place in places.tolist()]
+    if not len(before.contents):
+        return chosen, False
+    found = _contents(config.source.partition(":")[2], chosen, config.decode_threads)
+    return [name for name, was, now in zip(chosen, before.contents[places], found, strict=True) if was != now], True
 
 
 def save(path: Path, source: str, listing: Listing) -> None:
-    """Write a listing, and the `data.source` that it is of."""
-    document = {"version": 1, "source": source, "folders": listing}
-    write_bytes(path, gzip.compress(json.dumps(document).encode(), 1, mtime=0))
+    """Write a listing, and the `data.source` that it is of; raises StorageError."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        arrays = {field.name: getattr(listing, field.name) for field in dataclasses.fields(listing)}
+        np.savez(file, source=joined([source]), **arrays)  # packed names would look like a bomb
 
 
 def load(path: Path) -> tuple[str, Listing] | None:
@@ -85,25 +126,12 @@ def load(path: Path) -> tuple[str, Listing] | None:
     Raises:
         DataError: it is damaged.
     """
-    try:
-        with gzip.open(path) as file:  # its own checksum guards it
-            most = _SMALL_BYTES + _MOST_TIMES * path.stat().st_size
-            text = file.read(most + 1)
-        if len(text) > most:
-            raise ValueError(f"it unpacks to more than {most} bytes")
-        document = json.loads(text.decode("utf-8"))
-        source, listing = document["source"], document["folders"]
-        sizes = itertools.chain.from_iterable(files.values() for files in listing.values())
-        if not isinstance(source, str) or not all(type(size) is int for size in sizes):
-            raise ValueError("it is no list of files and sizes")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as fault:
-        raise DataError(
-            f"{path}, the list of the run's images, is damaged ({fault!s:.200}). Expected what this program wrote: "
-            "bring back a copy, or delete it when you know that the images are the same."
-        ) from None
-    return source, listing
+    advice = "It is the list of the run's images: bring back a copy, or delete it when you know that they are the same."
+    with open_archive(path, advice) as kept:
+        listing = Listing(**{field.name: kept.read(field.name) for field in dataclasses.fields(Listing)})
+        return split(kept.read("source"))[0], listing
 
 
 def changes(before: Listing, after: Listing) -> list[str]:
@@ -111,52 +139,52 @@ def changes(before: Listing, after: Listing) -> list[str]:
 
     A file counts as moved where one of its name and size is gone elsewhere.
     """
-    was, now = _flat(before, after), _flat(after, before)
-    resized = sorted(path for path in was.keys() & now.keys())
+    was, now = (dict(zip(split(listing.names), listing.sizes.tolist(), strict=True)) for listing in (before, after))
     removed, added = was.keys() - now.keys(), now.keys() - was.keys()
     places: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
     for path in sorted(removed, reverse=True):
-        places[path.rpartition("/")[2], was[path]].append(path)
+        places[os.path.basename(path), was[path]].append(path)
     moved = {}
     for path in sorted(added):
-        if candidates := places.get((path.rpartition("/")[2], now[path])):
+        if candidates := places.get((os.path.basename(path), now[path])):
             moved[path] = candidates.pop()
-    added, removed = sorted(added - moved.keys()), sorted(removed - set(moved.values()))
-    pairs = [f"{old} -> {new}" for new, old in sorted(moved.items())]
+    folders = [{os.path.dirname(path) for path in listing} for listing in (was, now)]
     told = (
-        ("moved to another folder (relabelled, where it is another class)", pairs),
-        ("added", added),
-        ("removed", removed),
-        ("of another size", resized),
-        ("new folders", sorted(after.keys() - before.keys())),
-        ("folders without images now", sorted(before.keys() - after.keys())),
+        (
+            "moved to another folder (relabelled, where it is another class)",
+            [f"{old} -> {new}" for new, old in sorted(moved.items())],
+        ),
+        ("added", sorted(added - moved.keys())),
+        ("removed", sorted(removed - set(moved.values()))),
+        ("of another size", sorted(path for path in was.keys() & now.keys() if was[path] != now[path])),
+        ("new folders", sorted(folders[1] - folders[0])),
+        ("folders without images now", sorted(folders[0] - folders[1])),
     )
-    return [f"{len(names)} {what}: {_few(names)}" for what, names in told if names]
+    return [f"{len(names)} {what}: {few(names)}" for what, names in told if names]
 
 
-def _flat(mine: Listing, other: Listing) -> dict[str, int]:
-    """Return path to size of what the other listing has not just so."""
-    flat = {}
-    for folder, sizes in mine.items():
-        theirs: Mapping[str, int] = other.get(folder, {})
-        if sizes != theirs:
-            for name, size in sizes.items():
-                if theirs.get(name) != size:
-                    flat[f"{folder}/{name}".lstrip("/")] = size
-    return flat
-
-
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """Return a few names in a line."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(printable(name) for name in names[:_SHOWN]) + more
 
 
-def _leads_up(entry: os.DirEntry[str], folder: str) -> bool:
-    return entry.is_symlink() and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(entry.path) + os.sep)
+def _contents(root: str, names: list[str], threads: int) -> UInt64[np.ndarray, " n"]:
+    folder = os.path.expanduser(root)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(lambda name: _content(os.path.join(folder, name)), names)
+        return np.fromiter(digests, np.uint64, len(names))
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _content(path: str) -> int:
+    """Return a digest of a file, 0 where it cannot be read: opening it for training says why."""
+    state = hashlib.blake2b(digest_size=8)
     try:
-        return entry.stat().st_size
+        if not os.path.isfile(path):
+            return 0  # opening a pipe would wait for ever
+        with open(path, "rb") as file:
+            while block := file.read(_READ_BYTES):
+                state.update(block)
     except OSError:
-        return -1
+        return 0
+    return int.from_bytes(state.digest(), "little")

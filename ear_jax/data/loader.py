@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ear_jax.data.sources import Rows, Source, mix, permutation
+from ear_jax.data.tree import order_hint
 from ear_jax.errors import ConfigError, DataError
 
 _ENDLESS = 1 << 48
@@ -77,7 +78,7 @@ class Loader:
             told = ", ".join(f"{name} was {state.get(name)!r}, is {self._identity[name]!r}" for name in differing)
             raise DataError(
                 f"the saved position in the data belongs to another stream ({told}). Resume with the configuration "
-                "and data the run was started with, or start in a new workdir"
+                f"and data the run was started with, or start in a new workdir.{order_hint(self.source.class_names)}"
             )
         self._iterator.close()
         self._iterator = self._start(int(state["next_batch"]))

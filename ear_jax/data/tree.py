@@ -6,7 +6,7 @@ Hidden files and folders, and what operating systems and servers leave behind, a
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ear_jax.data.images import EXTENSIONS, printable
 from ear_jax.errors import StorageError
@@ -29,6 +29,11 @@ class Dropped:
         """Count one file or folder."""
         self.counts[reason] += 1
         self.examples.setdefault(reason, printable(name))
+
+    def add_all(self, other: "Dropped") -> None:
+        """Count what another walk left out."""
+        self.counts.update(other.counts)
+        self.examples = other.examples | self.examples
 
     @property
     def notes(self) -> list[str]:
@@ -74,16 +79,20 @@ def sub_folders(folder: str, dropped: Dropped | None = None) -> list[str]:
     return sorted(found, key=os.fsencode)
 
 
+Found = tuple[str, int, int]
+"""Path below the root, size in bytes, time of change in ns; -1 and 0 where they cannot be read."""
+
+
 def walk(
     top: str, root: str, dropped: Dropped, *, is_deep: bool = True, seen: dict[str, int] | None = None
-) -> list[tuple[str, int]]:
-    """Return path below `root` and size in bytes of the images in a folder, sorted; -1 where a size cannot be read.
+) -> list[Found]:
+    """Return the images in a folder, sorted by the bytes of their paths.
 
     Links to folders are not followed. Without `is_deep`, sub-folders are passed over. `seen` takes up the folders
     that were listed, with their times of change in ns.
     """
     start = len(os.path.join(root, ""))
-    found: list[tuple[str, int]] = []
+    found: list[Found] = []
     stack = [top]
     while stack:
         folder = stack.pop()
@@ -101,7 +110,7 @@ def walk(
             elif name.startswith(".") or name.lower() in _LEFT_BEHIND:
                 dropped.add("hidden or system files", entry.path[start:])
             elif is_image(name):
-                found.append((entry.path[start:], _size(entry)))
+                found.append((entry.path[start:], *_size_and_time(entry)))
             elif is_deep or not os.path.isdir(entry.path):  # a link to a class folder is read as one
                 dropped.add("files without an image extension", entry.path[start:])
     return sorted(found, key=lambda item: os.fsencode(item[0]))
@@ -114,8 +123,19 @@ def class_order(names: Iterable[str], order: str = "auto") -> list[str]:
     return sorted(by_text, key=int) if is_numbered else by_text
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def order_hint(class_names: Sequence[str]) -> str:
+    """Return a sentence for a digest that differs, where classes are sorted as numbers: earlier versions did not."""
+    if list(class_names) == class_order(class_names, "text"):
+        return ""
+    return (
+        " Its classes are sorted as numbers; a run of an earlier version that has lost its config.json goes on with "
+        "--config.data.class_order=text."
+    )
+
+
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
-        return entry.stat().st_size
+        status = entry.stat()
     except OSError:
-        return -1  # a dangling or circular link: reading it reports why
+        return -1, 0  # a dangling or circular link: reading it reports why
+    return status.st_size, status.st_mtime_ns

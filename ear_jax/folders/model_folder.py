@@ -164,6 +164,24 @@ def read(path: str | os.PathLike[str]) -> ModelFolder:
     return ModelFolder(document["config"], tensors, tuple(document["class_names"]), Path(path))
 
 
+def have_same_part(part: str, first: Path, second: Path) -> bool:
+    """Tell whether two model folders hold the same tensors of a part; they are read only where their files differ.
+
+    Raises:
+        ConfigError, DataError, StorageError: as `read`.
+    """
+    name = f"{part}.safetensors"
+    records = [read_document(folder)["files"].get(name) for folder in (first, second)]
+    if None in records:
+        return False
+    if records[0]["sha256"] == records[1]["sha256"]:
+        return True
+    one, other = (_read_tensors(folder / name, record) for folder, record in zip((first, second), records, strict=True))
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and np.array_equal(one[key], other[key]) for key in one
+    )
+
+
 def read_document(folder: Path, *, is_checked: bool = True) -> dict[str, Any]:
     """Return the config.json of a model folder; without `is_checked` also one that was edited.
 

@@ -10,9 +10,10 @@ from ear_jax.metrics.scores import Measurement, Metric, Scores, Seen
 from ear_jax.metrics.statistics import Features, check_features
 
 SHUFFLE_SEED = 2020
+_SPLITS = 10
 
 
-def inception_score(logits: Features, *, splits: int = 10, shuffle_seed: int | None = SHUFFLE_SEED) -> Measurement:
+def inception_score(logits: Features, *, splits: int = _SPLITS, shuffle_seed: int | None = SHUFFLE_SEED) -> Measurement:
     """Return exp(mean KL(p(y|x) || p(y))) averaged over splits, with its standard deviation (Salimans et al. 2016).
 
     Computed in float64, a split at a time. torch-fidelity shuffles with seed 2020 and takes 10 contiguous splits; the
@@ -70,6 +71,8 @@ INCEPTION_SCORE = Metric(
     collects=("logits",),
     possible=lambda network, reference: network.name == INCEPTION_NAME,
     measure=lambda seen: Scores.of(inception_score(seen.collected.logits)),
+    least=_SPLITS,
+    is_of_inception=True,
 )
 CLASS_ACCURACY = Metric(
     "class_accuracy",

@@ -18,13 +18,13 @@ import safetensors
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from ear_jax.config.schema import LEAST_JUDGED_PX
 from ear_jax.folders.pictures import in_signed_range
 from ear_jax.nn.functional import flatten, functional
 from ear_jax.nn.resize import to_signed
 from ear_jax.weights import safetensors_file
 
 FILE_NAME = "classifier.safetensors"
-LEAST_SIDE_PX = 16
 _LAST_GRID = 4
 _CHUNK = 256
 
@@ -55,8 +55,8 @@ class Classifier(nnx.Module):
         Raises:
             ValueError: The images are smaller than 16 pixels.
         """
-        if image_px < LEAST_SIDE_PX:
-            raise ValueError(f"image_px={image_px}; the classifier needs at least {LEAST_SIDE_PX}.")
+        if image_px < LEAST_JUDGED_PX:
+            raise ValueError(f"image_px={image_px}; the classifier needs at least {LEAST_JUDGED_PX}.")
         self.classes, self.channels, self.image_px = classes, channels, image_px
         rngs = nnx.Rngs(seed)
         grid, width = image_px // 2, channels

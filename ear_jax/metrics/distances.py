@@ -257,6 +257,7 @@ FRECHET = Metric(
     collects=("moments",),
     possible=lambda network, reference: reference is not None,
     measure=_frechet,
+    least=2,
     is_optional=False,
 )
 SPATIAL_FRECHET = Metric(
@@ -267,6 +268,8 @@ SPATIAL_FRECHET = Metric(
         "spatial" in network.taps and reference is not None and reference.statistics.spatial is not None
     ),
     measure=_spatial,
+    least=2,
+    is_of_inception=True,
 )
 KERNEL = Metric(
     "kid",
@@ -276,4 +279,5 @@ KERNEL = Metric(
     measure=lambda seen: Scores.of(
         kernel_distance(seen.collected.features, seen.real_features, name=distance_name(seen.network, "kd"))
     ),
+    least=_LEAST_FOR_KERNEL,
 )

@@ -298,4 +298,6 @@ DIVERSITY = Metric(
         reference is not None and has_rows(network, reference) and reference.labels is not None
     ),
     measure=_diversity,
+    least=2,
+    is_by_class=True,
 )

@@ -12,9 +12,10 @@ from ear_jax.metrics.statistics import Features, check_features, check_same_widt
 
 TILE_ROWS = 2048
 _USUAL_COUNT = 10_000
+_MANIFOLD_K, _DENSITY_K = 3, 5
 
 
-def precision_recall(generated: Features, real: Features, *, k: int = 3) -> tuple[Measurement, Measurement]:
+def precision_recall(generated: Features, real: Features, *, k: int = _MANIFOLD_K) -> tuple[Measurement, Measurement]:
     """Return precision and recall (Kynkäänniemi et al. 2019), each in [0, 1].
 
     A set's manifold is the union of balls around its rows that reach to the k-th nearest other row, borders included.
@@ -35,7 +36,7 @@ def precision_recall(generated: Features, real: Features, *, k: int = 3) -> tupl
     )
 
 
-def density_coverage(generated: Features, real: Features, *, k: int = 5) -> tuple[Measurement, Measurement]:
+def density_coverage(generated: Features, real: Features, *, k: int = _DENSITY_K) -> tuple[Measurement, Measurement]:
     """Return density (1 for equal distributions, no upper bound) and coverage (in [0, 1]).
 
     Both use balls around the real rows, borders excluded as published. Density is the mean number of balls around a
@@ -207,6 +208,7 @@ PRECISION_RECALL = Metric(
     collects=("rows",),
     possible=has_rows,
     measure=_of_equal_rows(precision_recall),
+    least=_MANIFOLD_K + 1,
 )
 DENSITY_COVERAGE = Metric(
     "density_coverage",
@@ -214,4 +216,5 @@ DENSITY_COVERAGE = Metric(
     collects=("rows",),
     possible=has_rows,
     measure=_of_equal_rows(density_coverage),
+    least=_DENSITY_K + 1,
 )

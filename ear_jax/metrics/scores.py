@@ -109,6 +109,9 @@ class Metric:
         collects: what must be collected of the samples.
         possible: whether network and reference allow it.
         measure: the scores of what was seen; raises DataError where it is too little.
+        least: images on each side below which it cannot be measured.
+        is_by_class: whether `least` is of one class.
+        is_of_inception: whether no other network gives it.
         is_optional: whether too little leaves it out with a warning where all metrics were asked for.
     """
 
@@ -117,6 +120,9 @@ class Metric:
     collects: tuple[Collects, ...]
     possible: Callable[[FeatureNetwork, Reference | None], bool]
     measure: Callable[[Seen], Scores]
+    least: int = 1
+    is_by_class: bool = False
+    is_of_inception: bool = False
     is_optional: bool = True
 
 

@@ -1,16 +1,19 @@
 """Whether the images are still those that a run was made from: their listing is kept beside what was made of them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from ear_jax.config.schema import Config
 from ear_jax.config.suggest import class_label_faults, doubtful_ids
-from ear_jax.data.listing import changes, digest, listing_of, load, save
+from ear_jax.data.listing import changes, differing, few, listing_of, load, save, with_contents
 from ear_jax.data.open import open_split
+from ear_jax.data.tree import order_hint
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import read_json
 from ear_jax.folders.workdir import Workdir
+from ear_jax.stages.measurable import check_metrics
 
-_FILE = "data.json.gz"
+_FILE = "data.npz"
 LEAST_IMAGES = 2
 """Fewer have no covariance."""
 
@@ -19,7 +22,7 @@ def record_data(config: Config, workdir: Workdir) -> None:
     """Keep the listing of the images that a run begins with, unless there is one."""
     path = workdir.stage("tokenizer") / _FILE
     if not path.exists() and (listing := listing_of(config.data)):
-        save(path, config.data.source, listing)
+        save(path, config.data.source, with_contents(listing, config.data))
 
 
 def check_data(config: Config, workdir: Workdir, say: Callable[[str], None]) -> str:
@@ -45,18 +48,35 @@ def check_data(config: Config, workdir: Workdir, say: Callable[[str], None]) -> 
     if after is None:
         say(f"warning     {path} is not there: whether the run's images have changed cannot be told")
         return known
-    if before != after:
-        stages = "{tokenizer,latents,generator,evaluation,samples}"
-        lines = "\n".join(f"  {line}" for line in changes(before, after))
-        raise ConfigError(
-            f"the images of {config.data.source} are not those that {workdir.root} was made from:\n{lines}\n"
-            "Expected the same ones (by name below the folder, and size), since results and checkpoints are of them. "
-            "Use another --workdir for the new images, bring the old ones back, or delete "
-            f"{workdir.root}/{stages} to begin again here. --task=sample needs no images and goes on working."
+    if not before.has_files_of(after):
+        raise _others(config, workdir, changes(before, after))
+    touched, is_other = differing(before, after, config.data)
+    if touched and is_other:
+        raise _others(config, workdir, [f"{len(touched)} of the same size, with another content: {few(touched)}"])
+    if touched:
+        say(
+            f"warning     {len(touched)} of {len(after)} images have another time of change than when the run began "
+            f"({few(touched)}); the run keeps no digests of so much, so they are taken as unchanged by name and size"
         )
+    elif len(before.contents) and (before.times != after.times).any():
+        save(record, known, dataclasses.replace(before, times=after.times))  # so that they are not read each time
     if known != config.data.source:
         say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
     return known
+
+
+def _others(config: Config, workdir: Workdir, lines: list[str]) -> ConfigError:
+    """Return the refusal of images that the run was not made from, with every way on that mixes nothing."""
+    generator = f" --config.generator.start_from={workdir.root}" if workdir.model("generator").is_dir() else ""
+    stages = "{tokenizer,latents,generator,evaluation,samples}"
+    told = "\n".join(f"  {line}" for line in lines)
+    return ConfigError(
+        f"the images of {config.data.source} are not those that {workdir.root} was made from:\n{told}\n"
+        "Expected the same ones (name below the folder, size, content), since results and checkpoints are of them. "
+        "Ways on: another --workdir for the new images, from nothing, or from what this run has learned (add "
+        f"--config.tokenizer.source={workdir.root}{generator}); bring the old images back; or delete "
+        f"{workdir.root}/{stages} to begin again here. --task=sample needs no images and goes on working."
+    )
 
 
 def _without_listing(config: Config, workdir: Workdir, known: str, say: Callable[[str], None]) -> str:
@@ -68,15 +88,16 @@ def _without_listing(config: Config, workdir: Workdir, known: str, say: Callable
     if listing is None:
         say(f"warning     {config.data.source} is not there: whether the run's images have changed cannot be told")
         return known
-    if open_split(config.data, "train", seed=config.seed).digest != stored:
+    train = open_split(config.data, "train", seed=config.seed)
+    if train.digest != stored:
         if known != config.data.source:
             return config.data.source  # refused as another setting
         raise ConfigError(
             f"the images of {config.data.source} are not those that {workdir.root} was made from "
-            f"(digest {stored[:16]}); the "
-            "run kept no list to say which. Use another --workdir, or bring the old images back."
+            f"(digest {stored[:16]}); the run kept no list to say which. Use another --workdir, or bring the old "
+            f"images back.{order_hint(train.class_names)}"
         )
-    save(workdir.stage("tokenizer") / _FILE, known, listing)
+    save(workdir.stage("tokenizer") / _FILE, known, with_contents(listing, config.data))
     if known != config.data.source:
         say(f"data        {config.data.source} holds the same images as {known}, which the run began with")
     return known
@@ -108,6 +129,7 @@ def check_enough(config: Config, images: int, held_out: int, class_names: Sequen
         raise ConfigError(
             f"config.evaluate.samples={config.evaluate.samples}: a distance needs at least {LEAST_IMAGES} samples."
         )
+    check_metrics(config, images=images, held_out=held_out, classes=len(class_names))
     notes = []
     if held_out < LEAST_IMAGES:
         notes.append(f"{held_out} image is held out: distances between sets of reconstructions will be left out")
@@ -121,8 +143,17 @@ def check_enough(config: Config, images: int, held_out: int, class_names: Sequen
     return notes
 
 
-def data_digest(config: Config, workdir: Workdir, model: str | None) -> tuple[str, ...]:
-    """Return what else a result of `model` rests on: the digest of the images, unless the run's own are checked."""
-    is_checked = model is None and (workdir.stage("tokenizer") / _FILE).exists()
-    listing = None if is_checked else listing_of(config.data)
-    return (digest(listing),) if listing else ()
+def data_digest(config: Config, workdir: Workdir) -> tuple[str, ...]:
+    """Return what results rest on beside the run's own images: nothing where they are those, else a digest of content.
+
+    Raises:
+        DataError: the run's listing is damaged.
+    """
+    now, kept = listing_of(config.data), load(workdir.stage("tokenizer") / _FILE)
+    if not now:
+        return ()
+    if kept and kept[1].has_files_of(now):
+        touched, is_other = differing(kept[1], now, config.data)
+        if not (touched and is_other):
+            return ()
+    return (with_contents(now, config.data).digest,)

@@ -30,7 +30,6 @@ from ear_jax.metrics.sample_scorer import SampleScorer
 from ear_jax.metrics.scores import Scores
 from ear_jax.nn.functional import functional
 from ear_jax.nn.perceptual import PerceptualDistance
-from ear_jax.stages.data_record import data_digest
 from ear_jax.stages.drawn import measure_streams, sampling_protocol, score_samples
 from ear_jax.stages.evaluation_report import judge_protocol, report
 from ear_jax.stages.references import (
@@ -69,9 +68,7 @@ def evaluate(session: Session, *, model: str | None = None) -> None:
     chosen = model or workdir.model("generator")
     weights = digest_of((model_folder.find(chosen) / "config.json").read_bytes())  # holds the hashes of the weights
     begun = config if model else session.as_begun
-    made_from = digest_of(
-        fingerprint(begun, "generator"), weights, *_dependencies(config), *data_digest(config, workdir, model)
-    )
+    made_from = digest_of(fingerprint(begun, "generator"), weights, *_dependencies(config), *session.images_digest)
     known = read_json(workdir.evaluation)
     if known is not None and workdir.is_complete("evaluation", made_from=made_from):
         session.say(f"evaluation  complete in {workdir.evaluation}")

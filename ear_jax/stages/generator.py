@@ -1,7 +1,6 @@
 """Train the generator on cached tokens and leave a model folder that samples."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +13,13 @@ from ear_jax.data.latents import LatentsSource
 from ear_jax.data.open import open_split
 from ear_jax.distributed.process import to_host
 from ear_jax.errors import ConfigError
-from ear_jax.files import read_json
 from ear_jax.folders import model_folder, pictures
-from ear_jax.folders.workdir import COMPLETE
 from ear_jax.generators.kind import Measuring
 from ear_jax.inference.pipeline import Pipeline
 from ear_jax.nn.functional import Arrays, functional, signature
 from ear_jax.nn.resize import to_signed
+from ear_jax.stages.adopted import check_tokens, record_tokens, tokens_path
+from ear_jax.stages.measurable import check_metrics
 from ear_jax.stages.session import Session
 from ear_jax.stages.starting import Start
 from ear_jax.stages.tokenizer import held_out_batch
@@ -37,19 +36,22 @@ def train_generator(session: Session) -> None:
     """Train until done, then write `generator/model` and `generator/samples.png`."""
     config, workdir = session.config, session.workdir
     if session.is_complete("generator"):
-        _check_tokens(session)
+        check_tokens(config, workdir)
         session.say(f"generator   complete in {workdir.model('generator')}")
         session.record_config()
         return
     tokenizer = model_folder.read(workdir.model("tokenizer")).tensors["tokenizer"]
-    source = LatentsSource(_latents_path(session))
+    check_tokens(config, workdir)
+    path = tokens_path(config, workdir)
+    source = LatentsSource(path)
     spec = build.abstract_tokenizer(config).spec
     if source.levels != spec.levels:
         raise ConfigError(
-            f"{_latents_path(session)} holds levels {[level.name for level in source.levels]} of another tokenizer; "
+            f"{path} holds levels {[level.name for level in source.levels]} of another tokenizer; "
             f"this configuration has {[level.name for level in spec.levels]}. Run --task=latents again."
         )
     classes = len(source.class_names)
+    check_metrics(config, images=len(source), held_out=None, classes=classes)
     columns = min(GRID_COLUMNS, classes)
     labels = np.arange(4 * columns) % columns
     pipeline = Pipeline(config, source.class_names, {"tokenizer": tokenizer})
@@ -76,6 +78,8 @@ def train_generator(session: Session) -> None:
         expected = {name: it for name, it in signature(abstract).items() if name not in given}
         start = Start.read("generator", config.generator.start_from, expected, source.class_names, tokenizer)
     session.begin("generator", len(source))
+    if session.is_first:
+        record_tokens(workdir, source.digest)
 
     def take_over(parameters: Arrays, rest: Arrays) -> tuple[Arrays, Arrays]:
         return parameters, {**rest, **given}
@@ -122,18 +126,6 @@ def train_generator(session: Session) -> None:
     session.mark_complete("generator", data_digest=source.digest, **stage.times)
 
 
-def _check_tokens(session: Session) -> None:
-    """Refuse a finished generator whose tokens were encoded anew from other images or by another tokenizer."""
-    path = _latents_path(session)
-    trained_on = (read_json(session.workdir.stage("generator") / COMPLETE) or {}).get("data_digest")
-    if trained_on and (path / "index.json").is_file() and LatentsSource(path).digest != trained_on:
-        raise ConfigError(
-            f"{session.workdir.stage('generator')} was trained on other tokens than {path} holds now: images or "
-            "tokenizer were changed after it. Expected the same ones. Use another --workdir, or delete "
-            f"{session.workdir.stage('generator')} to train it on these."
-        )
-
-
 def _shown(levels: list[str]) -> tuple[str, ...]:
     """Return the metrics of a progress line; a line has no room for those of many levels."""
     return ("loss", *(f"{name}/{level}" for name in ("loss", "accuracy") for level in levels if len(levels) < 4))
@@ -151,11 +143,6 @@ def _batches(source: LatentsSource) -> Iterator[Batch]:
     rows = np.linspace(0, len(source) - 1, min(MEASURED_IMAGES, len(source))).astype(np.int64)
     for part in np.array_split(rows, -(-len(rows) // 256)):
         yield source.batch(part, np.zeros(len(part), bool))
-
-
-def _latents_path(session: Session) -> Path:
-    own = session.config.latents.source
-    return Path(own.removeprefix("latents:")) if own else session.workdir.stage("latents")
 
 
 def _training_facts(config: Config, source: LatentsSource, stage: StageRun) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The classifier that judges images: trained once on the data of a run or a study, and kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -9,13 +9,15 @@ from ear_jax.config.schema import Config
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import SplitSource
 from ear_jax.distributed.process import barrier
-from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
-from ear_jax.metrics.classifier import LEAST_SIDE_PX, Classifier, load_or_train
+from ear_jax.metrics.classifier import Classifier, load_or_train
 from ear_jax.metrics.classifier_training import train_classifier
+from ear_jax.stages.measurable import check_judged
 
 
-def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[str], None]) -> Classifier:
+def open_judge(
+    config: Config, folder: Path, train: SplitSource, log: Callable[[str], None], images: Sequence[str] = ()
+) -> Classifier:
     """Return the judge of `config.data`, the same on every process: kept, or trained now on degraded training images.
 
     Args:
@@ -23,17 +25,14 @@ def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[
         folder: Where it is kept, `WORKDIR/evaluation` in a run.
         train: The training images.
         log: Takes lines about a long training.
+        images: What else identifies the images.
 
     Raises:
         ConfigError: the images are too small for it.
         StorageError: it cannot be written.
     """
     settings, classes = config.evaluate, len(train.class_names)
-    if config.data.image_px < LEAST_SIDE_PX:
-        raise ConfigError(
-            f"config.data.image_px={config.data.image_px}: the judging classifier needs images of at least "
-            f"{LEAST_SIDE_PX} pixels. Leave the evaluation out, or train on larger images."
-        )
+    check_judged(config)
     size = min(settings.classifier_batch_size, len(train))
 
     def make() -> Classifier:
@@ -58,7 +57,9 @@ def open_judge(config: Config, folder: Path, train: SplitSource, log: Callable[[
             classes=classes,
             channels=settings.classifier_channels,
             image_px=config.data.image_px,
-            made_from=digest_of(train.digest, settings.classifier_steps, size, config.seed, config.data.use_flip),
+            made_from=digest_of(
+                train.digest, settings.classifier_steps, size, config.seed, config.data.use_flip, *images
+            ),
             train=make,
         )
 

@@ -113,7 +113,7 @@ def open_network(session: Session, train: SplitSource | None = None) -> FeatureN
 
 def open_classifier(session: Session, train: SplitSource) -> ClassifierFeatures:
     """Return the run's judging classifier as a feature network."""
-    judge = open_judge(session.config, session.workdir.stage("evaluation"), train, session.say)
+    judge = open_judge(session.config, session.workdir.stage("evaluation"), train, session.say, session.images_digest)
     return ClassifierFeatures(judge, batch_size=session.config.evaluate.batch_size)
 
 
@@ -135,7 +135,7 @@ def open_reference(session: Session, network: FeatureNetwork, train: SplitSource
     if given:
         return _from_path(session, network, Path(given).expanduser(), train.class_names if train else ())
     source = split_of(config, train)
-    record = digest_of(source.digest, network.digest, config.evaluate.knn_samples, config.seed)
+    record = digest_of(source.digest, network.digest, config.evaluate.knn_samples, config.seed, *session.images_digest)
     path = session.workdir.stage("evaluation") / f"reference_{record}.npz"
 
     def is_kept() -> bool:

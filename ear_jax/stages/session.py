@@ -23,7 +23,8 @@ from ear_jax.distributed.stop_signal import restartable
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
 from ear_jax.folders.workdir import COMPLETE, Workdir
-from ear_jax.stages.data_record import check_data, record_data
+from ear_jax.stages.adopted import known_latents, known_tokenizer
+from ear_jax.stages.data_record import check_data, data_digest, record_data
 from ear_jax.training.ledger import Ledger
 from ear_jax.training.loop import StageRun
 from ear_jax.training.optim import resolve
@@ -60,13 +61,22 @@ class Session:
 
     @functools.cached_property
     def as_begun(self) -> Config:
-        """The configuration with the data's path as the run knows it: the same images may have moved.
+        """The configuration with paths as the run knows them: the same images, tokenizer and tokens may have moved.
 
         Raises:
-            ConfigError: the images are not those that the run was made from.
+            ConfigError: images or tokenizer are not those that the run was made from.
         """
-        known = process.on_first_process(lambda: check_data(self.config, self.workdir, self.say))
-        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, source=known))
+        checks = {"data": check_data, "tokenizer": known_tokenizer, "latents": known_latents}
+        known = process.on_first_process(
+            lambda: {group: check(self.config, self.workdir, self.say) for group, check in checks.items()}
+        )
+        groups = {group: dataclasses.replace(getattr(self.config, group), source=path) for group, path in known.items()}
+        return dataclasses.replace(self.config, **groups)
+
+    @functools.cached_property
+    def images_digest(self) -> tuple[str, ...]:
+        """What results rest on beside the run's own images, on every process: see `data_digest`."""
+        return tuple(process.on_first_process(lambda: data_digest(self.config, self.workdir)))
 
     def is_complete(self, stage: str) -> bool:
         """Tell whether a stage's result is there and was made from this configuration."""

@@ -5,6 +5,7 @@ import time
 from ear_jax.config.schema import Config
 from ear_jax.stages.generator import train_generator
 from ear_jax.stages.latents import cache_latents
+from ear_jax.stages.measurable import check_judged
 from ear_jax.stages.sample import sample
 from ear_jax.stages.session import open_session
 from ear_jax.stages.tokenizer import train_tokenizer
@@ -14,6 +15,7 @@ from ear_jax.tasks import prepare
 def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     """Run prepare, tokenizer, latents, generator, sample and evaluate in one workdir."""
     began = time.monotonic()
+    check_judged(config)
     prepare.run(config, workdir)
     with open_session(config, workdir) as session:
         train_tokenizer(session)

@@ -52,6 +52,13 @@ def finished(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_run_that_cannot_be_judged_is_refused_before_it_trains(tmp_path, capsys):
+    whole = [argument for argument in RECIPE if not argument.startswith("--task=")]
+    assert main([*whole, f"--workdir={tmp_path / 'run'}"]) == 64
+    assert f"config.data.image_px={PX}: the judging classifier needs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @contextlib.contextmanager
 def child(folder: Path, log: Path) -> Iterator[subprocess.Popen]:
     """Run the recipe in another process; it does not outlive the block."""

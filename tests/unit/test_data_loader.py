@@ -107,6 +107,14 @@ def test_a_position_in_another_stream_is_refused(load, change):
         load(Counting(size), **change).set_state(state)
 
 
+def test_a_position_in_numbered_classes_is_refused_with_the_key_of_their_order(load):
+    source = Counting(37)
+    state = load(source).get_state() | {"digest": "of the text order"}
+    source.class_names = ("2", "10")
+    with pytest.raises(DataError, match=r"--config\.data\.class_order=text"):
+        load(source).set_state(state)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_global_batches(load, processes):
     whole = take(load(Counting(37), use_flip=True), 6)
