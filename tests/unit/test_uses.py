@@ -8,7 +8,7 @@ from integration.tiny import tiny_config
 
 from ear_jax import build
 from ear_jax.config import kinds, read, uses
-from ear_jax.config.schema import USES, Config
+from ear_jax.config.schema import IMAGES, USES, Config
 from ear_jax.config.values import Leaf, flatten, leaves, unflatten
 from ear_jax.nn.functional import functional
 from ear_jax.stages.session import inputs
@@ -16,7 +16,7 @@ from ear_jax.stages.session import inputs
 
 def test_every_key_says_who_reads_it_of_a_finished_model_and_whether_it_is_of_one_call() -> None:
     for path, leaf in leaves().items():
-        assert set(leaf.metadata["read_by"]) <= set(USES), path
+        assert set(leaf.metadata["read_by"]) <= {*USES, IMAGES}, path
         assert leaf.metadata["is_asked"] in (True, False), path
         assert not (leaf.metadata["is_asked"] and path in inputs(Config(), "generator")), path
 
@@ -40,7 +40,7 @@ def _another(leaf: Leaf) -> Any:
 def _asked(config: Config) -> Any:
     """Return what `--task=sample` reads of a configuration itself: the sampling, what is drawn and how it runs."""
     own = config.sample
-    what = own.labels, own.count, own.seed, own.batch_size, own.format, config.run
+    what = own.labels, own.count, own.seed, own.batch_size, own.format, config.run.program_cache
     return kinds.sampling_of(config).record(), what
 
 
