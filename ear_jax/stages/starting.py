@@ -114,7 +114,8 @@ def _open(
     """Return arrays, names of classes, and notes."""
     if Path(path).is_file():
         note = [f"it names no classes: {_BY_NUMBER}"] if class_names else []
-        return open_tensors(path, weights="auto", preferred=()).arrays, (), note
+        setting = "--task=convert --config.convert.weights"  # one key for one file; a start is as convert left it
+        return open_tensors(path, weights="auto", preferred=(), setting=setting).arrays, (), note
     try:
         folder = model_folder.read(path)
     except ConfigError as error:

@@ -409,6 +409,11 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
         top_k=3,
         top_p=0.75,
     )
+    for asked in ({"top_k": 3}, {"sampling": Sampling((2, 1), top_k=3)}):
+        with pytest.raises(ConfigError, match=r"top_k=3: has no effect on this model: only next_scale reads it"):
+            model.sample([0], **asked)
+    reads_all = dataclasses.replace(kinds.KINDS["masked"], options=("sample.top_k", "sample.top_p"))
+    monkeypatch.setitem(kinds.KINDS, "masked", reads_all)  # the only kind that reads them needs another model
     wanted = Sampling(**options)
     assert model.sampling(**options) == wanted and set(options) == {
         field.name for field in dataclasses.fields(Sampling)
@@ -420,8 +425,6 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
         yield labels, np.zeros((len(labels), PX, PX, 3), np.uint8)
 
     monkeypatch.setattr(Pipeline, "sample_batches", sample_batches)
-    reads_all = dataclasses.replace(kinds.KINDS["masked"], options=("sample.top_k", "sample.top_p"))
-    monkeypatch.setitem(kinds.KINDS, "masked", reads_all)  # the only kind that reads them needs another model
     steps = ["--config.sample.coarse_steps=3", "--config.sample.fine_steps=2"]
     rest = [f"--config.sample.{name}={value}" for name, value in options.items() if name != "steps"]
     assert main.main(["--task=sample", f"--model={model.path}", f"--workdir={tmp_path}", *steps, *rest]) == 0
