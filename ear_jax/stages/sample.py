@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ear_jax.config import read
 from ear_jax.config.kinds import sampling_of
 from ear_jax.config.schema import Config
 from ear_jax.config.suggest import doubtful_ids
+from ear_jax.config.uses import drawing
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of
 from ear_jax.folders import model_folder, pictures
@@ -44,13 +44,13 @@ def sample(config: Config, model: str, folder: Path) -> Path:
     labels = np.resize(chosen, settings.count)
     request = {
         "model": digest_of((model_folder.find(model) / "config.json").read_bytes()),  # holds the weights' hashes
-        "generator": digest_of(repr(read.to_dict(config)["generator"])),
         "labels": chosen.tolist(),
         "count": settings.count,
         "seed": settings.seed,
         "sampling": sampling_of(config).record(),
         "batch_size": settings.batch_size,
         "format": settings.format,
+        **drawing(config),
     }
     folder, why = choose_folder(folder, request)
     if why:

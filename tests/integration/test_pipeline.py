@@ -354,7 +354,7 @@ def test_an_interrupted_set_goes_on_where_it_was_and_other_requests_go_elsewhere
     config = dataclasses.replace(
         CONFIG, sample=dataclasses.replace(CONFIG.sample, count=19, batch_size=4, format=format)
     )
-    monkeypatch.setattr(pipeline, "load", lambda path: model)
+    monkeypatch.setattr(pipeline, "load", lambda path, drawn_as: model)
     draw, drawn, limit = model.sample_batches, [], 9
 
     def interrupted(labels: np.ndarray, **options: Any) -> Any:
@@ -392,6 +392,11 @@ def test_an_interrupted_set_goes_on_where_it_was_and_other_requests_go_elsewhere
     assert beside.parent == half.parent and beside.name.startswith("parts-") and content(half) == before
     assert "of another request (count 19 → 2; seed 0 → 5); they are kept" in capsys.readouterr().out
     assert sample(other, str(model.path), half) == beside and len(drawn) == 12, "found again"
+    once = read.resolve(
+        read.to_dict(config), [("generator_training.compute_dtype", "bfloat16")], is_once=lambda path: True
+    )
+    assert sample(once, str(model.path), half) not in (half, beside), "what draws is part of a request, once or not"
+    assert 'generator_training.compute_dtype "float32" → "bfloat16"' in capsys.readouterr().out
     (half / "made_from.json").unlink()
     assert sample(config, str(model.path), half) not in (half, beside), "images of an earlier version are kept too"
 
