@@ -286,6 +286,12 @@ def test_seeds_have_one_range_everywhere(model):
             model.sample([0], seed=seed)
 
 
+def test_a_seed_where_nothing_is_drawn_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "spec", dataclasses.replace(model.spec, levels=model.spec.levels[:1]))
+    with pytest.raises(ConfigError, match=r"seed=3: has no effect, this tokenizer has discrete tokens alone"):
+        model.encode(np.zeros((1, PX, PX, 3), np.uint8), seed=3)
+
+
 def test_tokens_that_cannot_be_decoded_are_refused(model):
     ids, fine = np.zeros((2, 4), np.int32), np.zeros((2, 16, 4), np.float32)
     for levels, fault in (
