@@ -119,7 +119,7 @@ def kl16() -> Recipe:
 
 
 def shrink(recipe: Recipe) -> None:
-    """Reduce widths, depths, lengths, batches and drawn shapes so that a recipe runs through on a CPU; nothing else changes."""
+    """Reduce widths, depths, lengths, batches and drawn shapes so that a recipe runs through on a CPU; no more."""
     batch_size = 2 if recipe["data"]["image_px"] >= 512 else 8
     tokenizer, generator = recipe["tokenizer"], recipe["generator"]
     if tokenizer["name"] in ("lite_vae", "lite_hybrid"):

@@ -240,16 +240,14 @@ def test_classes_start_as_those_of_the_same_name(
 def test_a_stage_begins_with_what_is_given_and_masked_entries_as_they_would_alone() -> None:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parts = ("params", "ema", "rest")
-    plan = StatePlan(
-        functional(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=Keys(0))))[0],
-        shapes={},
-        create=lambda: {part: {name: jnp.full((2, 2), 7.0) for name in ("a", "b", "c")} for part in parts},
-        shardings={part: dict.fromkeys("abc", place) for part in parts},
-    )
+    static = functional(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=Keys(0))))[0]
+    shardings: Any = {part: dict.fromkeys("abc", place) for part in parts}
+    fresh: Any = lambda: {part: {name: jnp.full((2, 2), 7.0) for name in "abc"} for part in parts}  # noqa: E731
+    plan = StatePlan(static, shardings, shardings, fresh)
     rows = np.ma.masked_array([[1.0, 2.0], [3.0, 4.0]], [[False, False], [True, True]])
     state = loop._started_from(plan, {"a": rows, "b": np.ones((2, 2))})
-    for part in parts:
-        a, b, c = (np.asarray(state[part][name]).tolist() for name in ("a", "b", "c"))
+    for part in (state["params"], state["ema"], state["rest"]):
+        a, b, c = (np.asarray(part[name]).tolist() for name in ("a", "b", "c"))
         assert (a, b, c) == ([[1, 2], [7, 7]], [[1, 1], [1, 1]], [[7, 7], [7, 7]])
 
 

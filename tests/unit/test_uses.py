@@ -1,10 +1,8 @@
 """What a call may ask of a finished model: every key of the schema is applied, or refused with the reason."""
 
-import contextlib
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 from integration.tiny import tiny_config
 
@@ -92,12 +90,13 @@ def test_python_refuses_an_option_where_the_command_line_does(changes: dict[str,
         said = list(uses.refusals("sample", [path], unflatten({**flatten(model), path: value}), model))
         seen.append(bool(said))
         for given, unsaid in (({name: value}, None), (dataclasses.asdict(_whole(model, name, value)), Sampling(()))):
-            with contextlib.nullcontext() if not said else pytest.raises(ConfigError) as refused:
-                uses.sampling_asked(model, given, unsaid=unsaid and unsaid.record())
-            if said:
-                assert str(refused.value) == said[0].removeprefix(f"config.{path}={value!r}: ").join(
-                    (f"{name}={value!r}: ", "")
-                )
+            record = unsaid and unsaid.record()
+            if not said:
+                uses.sampling_asked(model, given, unsaid=record)
+                continue
+            with pytest.raises(ConfigError) as refused:
+                uses.sampling_asked(model, given, unsaid=record)
+            assert str(refused.value) == said[0].removeprefix("config.sample.")
     assert True in seen and False in seen
     own = kinds.sampling_of(model).record()
     assert uses.sampling_asked(model, own).record() == own, "what it has already is no question"
@@ -108,7 +107,7 @@ def test_python_refuses_an_option_where_the_command_line_does(changes: dict[str,
         with pytest.raises(
             ConfigError, match=r"steps=5: has no effect on this model: each of its levels takes one pass"
         ):
-            uses.sampling_asked(model, {"steps": np.int64(5).item()})
+            uses.sampling_asked(model, {"steps": 5})
     assert uses.sampling_asked(model, {"steps": 1}).steps == (1,) * len(kinds.levels(model))
 
 
