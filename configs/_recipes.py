@@ -119,7 +119,7 @@ def kl16() -> Recipe:
 
 
 def shrink(recipe: Recipe) -> None:
-    """Reduce widths, depths, lengths and batches so that a recipe runs through on a CPU; nothing else changes."""
+    """Reduce widths, depths, lengths, batches and drawn shapes so that a recipe runs through on a CPU; no more."""
     batch_size = 2 if recipe["data"]["image_px"] >= 512 else 8
     tokenizer, generator = recipe["tokenizer"], recipe["generator"]
     if tokenizer["name"] in ("lite_vae", "lite_hybrid"):
@@ -165,6 +165,8 @@ def shrink(recipe: Recipe) -> None:
             checkpoint_every_steps=2,
         )
     recipe["data"]["eval_images"] = 8
+    if recipe["data"].get("source", "shapes") == "shapes":
+        recipe["data"]["shapes"] = {**recipe["data"].get("shapes", {}), "images": 256}
     recipe["latents"] = dict(batch_size=batch_size)
     recipe["sample"] |= dict(count=4, batch_size=2)
     if kind in ("mar", "dit"):

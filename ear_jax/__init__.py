@@ -1,4 +1,11 @@
-"""ear_jax: class-conditional image generation with continuous tokens drawn in one step, in JAX and Flax NNX."""
+"""Class-conditional image generation with continuous tokens drawn in one step, in JAX and Flax NNX.
+
+    model = ear_jax.load("runs/demo")
+    images = model.sample(["star", "ring"], seed=0)
+
+Everything else is done from the command line: `ear_jax --help`, or `python -m ear_jax --help`. What `load` returns is
+described by `help(type(model))`.
+"""
 
 import os
 from collections.abc import Sequence

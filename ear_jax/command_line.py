@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from ear_jax.config.read import from_dict, listing, load, raise_faults, resolve
 from ear_jax.config.schema import USES, Config
 from ear_jax.config.suggest import closest_paths, did_you_mean
-from ear_jax.config.uses import refusals
+from ear_jax.config.uses import idle, refusals, refusals_of_images
 from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
-from ear_jax.tasks import SUMMARIES, TASKS, TRAINING
+from ear_jax.tasks import MODEL_READERS, SUMMARIES, TASKS, TRAINING
 
 _FLAGS = ("config", "workdir", "task", "model", "help", "version")
 
@@ -29,12 +29,13 @@ _USAGE = """\
 usage: ear_jax --config=RECIPE[:VARIANT] [--config.GROUP.KEY=VALUE ...]
                [--workdir=DIR] [--task=NAME] [--model=DIR]
        (ear_jax, python -m ear_jax and python -m ear_jax.main are the same)
+       for example: ear_jax --config=lite_hybrid --workdir=runs/demo, then ear_jax --task=sample --workdir=runs/demo
 
   --config=RECIPE[:VARIANT] name or file of a recipe; may be left out when --model or a used --workdir brings its own
   --config.GROUP.KEY=VALUE  change one key; lists are written (1,2)
   --workdir=DIR             where results go; default runs/<config name>[_variant]
   --task=NAME               one of the tasks below; default run
-  --model=DIR               model folder or run to read (sample, evaluate, bench)
+  --model=DIR               model folder or run to read, instead of the workdir's own ({readers})
   --version                 the version of ear_jax and of what it computes with
   --help[=GROUP|=all]       this text, or the keys of a group (for example --help=sample) or of all
 
@@ -74,7 +75,8 @@ def help_text(arguments: Sequence[str]) -> str:
             raise ConfigError(f"--help={topic}: no such group or key.{hint}")
         return "\n".join(_key_line(path) for path in chosen)
     tasks = [f"  {name:<11}{SUMMARIES[name]}" for name in TASKS]
-    return "\n".join([_USAGE, *tasks, "", listing(), "", "All keys with ranges and defaults: --help=all"])
+    usage = _USAGE.format(readers=", ".join(MODEL_READERS))
+    return "\n".join([usage, *tasks, "", listing(), "", "All keys with ranges and defaults: --help=all"])
 
 
 def read(arguments: Sequence[str]) -> Request:
@@ -99,17 +101,30 @@ def read(arguments: Sequence[str]) -> Request:
         other_faults=faults,
         is_once=lambda path: not is_training or leaves()[path].metadata["is_asked"],
     )
-    if task in USES:
-        raise_faults(_refused(task, flags, [path for path, _ in overrides], config))
+    raise_faults(_refused(task, flags, [path for path, _ in overrides], config))
     return Request(config, task, flags.get("workdir") or f"runs/{run_name}", flags.get("model"))
 
 
 def _refused(task: str, flags: Mapping[str, str], paths: Sequence[str], config: Config) -> list[str]:
-    """Return why overrides cannot be applied to the finished model that a task uses; none where there is no model."""
+    """Return why what was given has no effect on a task, or cannot be applied to the finished model that it uses."""
     from ear_jax.folders.model_folder import find  # as in `_base_values`
 
-    if (task == "bench" and config.bench.what == "compile") or (task == "evaluate" and config.evaluate.images):
-        return []
+    what = {
+        "evaluate": ("config.evaluate.images is scored without a model", config.evaluate.images),
+        "bench": ("config.bench.what=compile compiles the configuration", config.bench.what == "compile"),
+        "convert": ("config.convert.to=ear_jax makes a model", config.convert.to != "torch"),
+    }.get(task, (f"--task={task} reads no model", task not in MODEL_READERS))
+    ignored = []
+    if what[1] and "model" in flags and "config" in flags:
+        ignored = [
+            f"--model={flags['model']}: {what[0]}, and --config brings the configuration. Leave one of them out."
+        ]
+    if task == "evaluate" and config.evaluate.images:
+        return [*ignored, *refusals_of_images(paths, config)]
+    if task == "run":
+        return [*ignored, *idle(paths, config)]
+    if task not in USES or (task == "bench" and config.bench.what == "compile"):
+        return ignored
     try:
         folder = find(flags.get("model") or flags.get("workdir") or "")
     except EarError:

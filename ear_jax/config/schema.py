@@ -11,6 +11,9 @@ from typing import Any
 USES = ("sample", "evaluate", "bench")
 """Tasks that use a finished model."""
 
+IMAGES = "images"
+"""Beside them, in `read_by`: the scoring of `config.evaluate.images`, which reads no model."""
+
 KINDS: dict[str, Any] = {}
 """Kinds of generator by the name that chooses one; `kinds.py` fills the table."""
 
@@ -31,8 +34,8 @@ def key(
     """Declare one config key: default, meaning and range (`low`, `high` inclusive, `above`, `below` exclusive).
 
     Without `affects_result` it only changes how a stage is run or watched: a stage goes on when it has changed.
-    `read_by` are those of `USES` that read it of a finished model; the others refuse it. A key that `is_asked` is of
-    the call that gives it, and not of the run. What is not said of a key is said of its group.
+    `read_by` are those of `USES`, and `IMAGES`, that read it when nothing is trained; the others refuse it. A key that
+    `is_asked` is of the call that gives it, and not of the run. What is not said of a key is said of its group.
     """
     metadata = {
         "help": help,
@@ -74,7 +77,7 @@ class DataConfig:
 
     source: str = key("shapes", "shapes | folder:PATH | tfds:NAME")
     tfds_directory: str = key("", "folder that --task=prepare writes and tfds: reads; empty = ~/tensorflow_datasets")
-    image_px: int = key(32, "side of the square training images", low=8, high=4096, read_by=())
+    image_px: int = key(32, "side of the square training images", low=8, high=4096, read_by=(IMAGES,))
     use_flip: bool = key(True, "mirror images left-right with probability one half")
     eval_images: int = key(1_000, "images held out for evaluation, at most", low=1)
     eval_fraction: float = key(0.05, "fraction held out when a folder has no test or val split", above=0.0, below=1.0)
@@ -470,11 +473,13 @@ class EvaluateConfig:
         choices=("auto", "classifier", "inception", "efficientnet_lite0"),
     )
     inception_weights: str = key("", "file with the Inception network of FID; empty = the cache, or download once")
-    lpips_weights: str = key("", "file with VGG16 and LPIPS; 'download' = the cache, or download; empty = no LPIPS")
+    lpips_weights: str = key(
+        "", "file with VGG16 and LPIPS; 'download' = the cache, or download; empty = no LPIPS", read_by=("evaluate",)
+    )
     reference: str = key("", "statistics of the real images (.npz); empty = made from the data as config.stats says")
     metrics: str = key("all", f"what is measured of samples, with commas between: {', '.join(SAMPLE_METRICS)}, or all")
-    samples: int = key(1_000, "images drawn", low=1)
-    reconstructions: int = key(1_000, "held-out images reconstructed", low=1)
+    samples: int = key(1_000, "images drawn", low=1, read_by=("evaluate",))
+    reconstructions: int = key(1_000, "held-out images reconstructed", low=1, read_by=("evaluate",))
     batch_size: int = key(128, "images that the feature network sees at a time", low=1)
     knn_samples: int = key(10_000, "features kept for what compares neighbours or pairs", low=2)
     every_steps: int = key(
@@ -492,7 +497,7 @@ class StatsConfig:
 
     split: str = key("train", "images the statistics are of", choices=("train", "eval"))
     images: int = key(0, "number of images, drawn from all of the split; 0 = all", low=0)
-    name: str = key("", "the file is WORKDIR/stats_<name>.npz; empty = source, size and split")
+    name: str = key("", "the file is WORKDIR/stats_<name>.npz; empty = source, size and split", read_by=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -511,8 +516,14 @@ class RunConfig:
     program_cache: str = key(
         "auto", "folder that keeps compiled programs for the next start: auto = in the user's cache folder | off | PATH"
     )
-    wandb_project: str = key("", "also log to this project of Weights & Biases (needs the wandb extra); empty = no")
-    profile_steps: tuple[int, ...] = key((), "first and last step of a profiler trace in STAGE/profile; empty = none")
+    wandb_project: str = key(
+        "",
+        "also log to this project of Weights & Biases (needs the wandb extra); empty = no",
+        read_by=("evaluate", IMAGES),
+    )
+    profile_steps: tuple[int, ...] = key(
+        (), "first and last step of a profiler trace in STAGE/profile; empty = none", read_by=()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -573,18 +584,18 @@ class Config:
     """A recipe from data to evaluated images."""
 
     name: str = key("lite_hybrid", "name of the recipe, used in run folders and cards", read_by=(), is_asked=False)
-    seed: int = key(0, "seed of everything random", low=0, read_by=("evaluate",), is_asked=False)
-    data: DataConfig = group(DataConfig, read_by=("evaluate",), is_asked=False)
+    seed: int = key(0, "seed of everything random", low=0, read_by=("evaluate", IMAGES), is_asked=False)
+    data: DataConfig = group(DataConfig, read_by=("evaluate", IMAGES), is_asked=False)
     tokenizer: TokenizerConfig = group(TokenizerConfig, read_by=(), is_asked=False)
     tokenizer_training: TrainingConfig = group(TrainingConfig, read_by=(), is_asked=False)
     latents: LatentsConfig = group(LatentsConfig, read_by=(), is_asked=False)
     generator: GeneratorConfig = group(GeneratorConfig, read_by=(), is_asked=False)
     generator_training: TrainingConfig = group(TrainingConfig, read_by=(), is_asked=False)
     sample: SampleConfig = group(SampleConfig, read_by=USES, is_asked=True)
-    evaluate: EvaluateConfig = group(EvaluateConfig, read_by=("evaluate",), is_asked=True)
-    stats: StatsConfig = group(StatsConfig, read_by=("evaluate",), is_asked=True)
-    run: RunConfig = group(RunConfig, read_by=USES, is_asked=True)
-    mesh: MeshConfig = group(MeshConfig, read_by=("evaluate",), is_asked=False)
+    evaluate: EvaluateConfig = group(EvaluateConfig, read_by=("evaluate", IMAGES), is_asked=True)
+    stats: StatsConfig = group(StatsConfig, read_by=("evaluate", IMAGES), is_asked=True)
+    run: RunConfig = group(RunConfig, read_by=(*USES, IMAGES), is_asked=True)
+    mesh: MeshConfig = group(MeshConfig, read_by=("evaluate", IMAGES), is_asked=False)
     bench: BenchConfig = group(BenchConfig, read_by=("bench",), is_asked=True)
     convert: ConvertConfig = group(ConvertConfig, read_by=(), is_asked=True)
     study: StudyConfig = group(StudyConfig, read_by=(), is_asked=True)

@@ -1,11 +1,13 @@
 """What a call may ask of a finished model: keys of drawing are applied, the others are refused with the reason."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ear_jax.config.kinds import KINDS, kind_of, levels
-from ear_jax.config.schema import USES, Config
+from ear_jax.config.kinds import KINDS, kind_of, levels, sampling_of
+from ear_jax.config.schema import IMAGES, USES, Config
 from ear_jax.config.values import flatten, leaves, unflatten
+from ear_jax.errors import ConfigError
+from ear_jax.sampling import Sampling, as_integer
 
 
 def drawing(config: Config) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def drawn_as(model: Config, config: Config) -> Config:
 
 def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> Iterator[str]:
     """Yield why keys of `config` cannot be given to `task` for a finished model; what it has already is no question."""
-    wanted, own, useless = flatten(config), flatten(model), _without_effect(model)
+    wanted, own, useless = flatten(config), flatten(model), _without_effect(model, config.sample.guidance_scale)
     for path in paths:
         if wanted[path] == own[path]:
             continue
@@ -46,7 +48,54 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
                 yield f"{start}says how training runs, and --task={task} trains nothing. Leave it out."
 
 
-def _without_effect(model: Config) -> dict[str, str]:
+def refusals_of_images(paths: Iterable[str], config: Config) -> Iterator[str]:
+    """Yield why keys cannot be given to the scoring of `config.evaluate.images`; what it has already is no question."""
+    wanted = flatten(config)
+    for path in paths:
+        if IMAGES not in leaves()[path].metadata["read_by"] and wanted[path] != config.once.get(path, wanted[path]):
+            yield (
+                f"config.{path}={wanted[path]!r}: config.evaluate.images is scored as it is, without a model, and does "
+                "not read it. Leave it out."
+            )
+
+
+def idle(paths: Iterable[str], config: Config) -> Iterator[str]:
+    """Yield why keys of `config.sample` cannot be given to a run whose kind of generator never reads them."""
+    wanted, useless = flatten(config), _without_effect(config, config.sample.guidance_scale)
+    for path in paths:
+        if path in useless and path.startswith("sample.") and wanted[path] != config.once.get(path, wanted[path]):
+            yield f"config.{path}={wanted[path]!r}: has no effect on this model: {useless[path]}. Leave it out."
+
+
+def sampling_asked(model: Config, options: Mapping[str, Any], *, unsaid: Mapping[str, Any] | None = None) -> Sampling:
+    """Return how a finished model draws with some options of `Sampling` replaced, as `sampling_of` takes them.
+
+    Args:
+        model: its configuration.
+        options: by name; None leaves one as it is.
+        unsaid: what an option is when nobody asked for it, where all of them are given.
+
+    Raises:
+        ConfigError: an option is out of range, or this model never reads it; what it has already is no question.
+    """
+    asked, own = sampling_of(model, **options), sampling_of(model).record()
+    found, faults = asked.record(), []
+    useless = _without_effect(model, found["guidance_scale"])
+    for name, value in options.items():
+        paths = ("sample.coarse_steps", "sample.fine_steps") if name == "steps" else (f"sample.{name}",)
+        if unsaid and found[name] == unsaid[name]:
+            continue
+        # One number of steps is cut to what a level takes, so that the result does not show it.
+        is_new = found[name] != own[name] or (name == "steps" and as_integer(value) not in (None, 1))
+        if value is not None and is_new and all(path in useless for path in paths):
+            reasons = " and ".join(dict.fromkeys(useless[path] for path in paths))
+            faults.append(f"{name}={value!r}: has no effect on this model: {reasons}. Leave it out.")
+    if faults:
+        raise ConfigError("\n  ".join(faults))
+    return asked
+
+
+def _without_effect(model: Config, guidance_scale: float) -> dict[str, str]:
     """Return the keys of drawing that this model never reads, with the reason."""
     name, kind, drawn = model.generator.backbone.name, kind_of(model), {level.kind for level in levels(model)}
     found = {
@@ -54,6 +103,8 @@ def _without_effect(model: Config) -> dict[str, str]:
         for path in {path for other in KINDS.values() for path in other.options}
         if path not in kind.options
     }
+    if guidance_scale == 1:
+        found["sample.guidance_schedule"] = "guidance_scale=1 is no guidance"
     if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):
         found["generator.diffusion.sample_steps"] = "only a diffusion head reads it"
     for what, steps, temperature in (

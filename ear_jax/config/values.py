@@ -87,13 +87,16 @@ class ValueFault(Exception):
 
 
 def check(leaf: Leaf, value: Any) -> Any:
-    """Return `value` as the key's type, or raise ValueFault. Integers are accepted for numbers, lists for tuples."""
-    kind = leaf.kind
+    """Return `value` as the key's type, or raise ValueFault.
+
+    Integers are accepted for numbers, lists and one-dimensional arrays for tuples, and numbers of numpy and jax.
+    """
+    kind, value = leaf.kind, _of_python(value)
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
         if not isinstance(value, tuple | list):
             raise ValueFault(f"is {_described(value)}, expected {_LISTS[element]}")
-        checked: Any = tuple(_typed(element, item, _LISTS[element]) for item in value)
+        checked: Any = tuple(_typed(element, _of_python(item), _LISTS[element]) for item in value)
     else:
         checked = _typed(kind, value, _NAMES[kind])
     _check_range(leaf, checked)
@@ -130,6 +133,11 @@ def describe_range(leaf: Leaf) -> str:
         if metadata.get(name) is not None
     ]
     return " ".join([words, " and ".join(bounds)]) if bounds else words
+
+
+def _of_python(value: Any) -> Any:
+    """Return an array or a scalar of numpy or jax as Python values; what they cannot be is left to be refused."""
+    return value.tolist() if hasattr(value, "dtype") and hasattr(value, "tolist") else value
 
 
 def _typed(kind: Any, value: Any, expected: str) -> Any:

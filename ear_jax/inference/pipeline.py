@@ -151,9 +151,10 @@ class Pipeline:
                 many as it can take. `guidance_scale` 1 is off; s * conditional + (1 - s) * unconditional, which grows
                 over a level's steps with `guidance_schedule` linear and does not with constant. `temperature` is
                 tau_infer of the continuous head, `coarse_temperature` that of the softmax. `top_k` and `top_p` keep
-                next-scale models to the most likely codes; 0 keeps all.
+                next-scale models to the most likely codes; 0 keeps all. An option that this model never reads is
+                refused.
         """
-        return kinds.sampling_of(self.config, **options)
+        return uses.sampling_asked(self.config, options)
 
     def sample(
         self,
@@ -188,7 +189,8 @@ class Pipeline:
             images_per_class above 1 was given.
 
         Raises:
-            ConfigError: a label, a step count or a scale is out of range, or the folder holds no generator.
+            ConfigError: a label, a step count or a scale is out of range, an option has no effect on this model, or the
+                folder holds no generator.
         """
         _check_output(output)
         times = whole_number("images_per_class", images_per_class)
@@ -248,7 +250,8 @@ class Pipeline:
         Args:
             images: uint8 or floating point [n, side, side, 3], or one `PIL.Image` or several.
             value_range: (-1, 1) or (0, 1), of floats; None takes floats with a value below 0 as (-1, 1).
-            seed: draws continuous tokens from the posterior, instead of its mean; below 2**32.
+            seed: draws continuous tokens from the posterior, instead of its mean; below 2**32. Refused where there are
+                none.
 
         Raises:
             ConfigError: the images are not [n, side, side, 3] of the model's side, neither uint8 nor floats in their
@@ -266,6 +269,8 @@ class Pipeline:
             raise ConfigError(f"value_range={value_range!r} is for floats; these images are uint8. Leave it out.")
         floats = to_signed(pixels) if pixels.dtype == np.uint8 else jnp.asarray(in_signed_range(pixels, value_range))
         key = None if seed is None else jax.random.key(seed_number("seed", seed))
+        if key is not None and all(level.kind == "discrete" for level in self.spec.levels):
+            raise ConfigError(f"seed={seed!r}: has no effect, this tokenizer has discrete tokens alone. Leave it out.")
         if not len(pixels):  # nothing to compile for
             dtypes = {"discrete": np.int32, "continuous": np.float32}
             return Tokens(tuple(jnp.zeros((0, *level.token_shape), dtypes[level.kind]) for level in self.spec.levels))
@@ -311,7 +316,7 @@ class Pipeline:
             return self.sampling(**options)
         if options:
             raise ConfigError(f"sampling and {', '.join(options)} are both given; give one value or single options.")
-        return kinds.sampling_of(self.config, **sampling.record())
+        return uses.sampling_asked(self.config, sampling.record(), unsaid=Sampling(()).record())
 
     def _bucket(self, count: int, limit: int) -> int:
         """Return how many images are drawn for `count` of them: few sizes, so that few programs are compiled."""

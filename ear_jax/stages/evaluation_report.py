@@ -35,7 +35,9 @@ def report(session: Session, result: Mapping[str, Any]) -> None:
     for warning in shown:
         session.say(f"warning     {warning}")
     if len(result["warnings"]) > len(shown):
-        session.say(f"warning     {len(result['warnings']) - len(shown)} about reconstructions are in the result")
+        session.say(
+            f"warning     {len(result['warnings']) - len(shown)} more, of reconstructions, are in the result file"
+        )
     for alarm in result["collapse"]:
         session.say(f"COLLAPSE    {alarm}")
 

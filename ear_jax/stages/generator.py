@@ -76,7 +76,10 @@ def train_generator(session: Session) -> None:
     start = None
     if config.generator.start_from and not session.has_begun("generator"):
         expected = {name: it for name, it in signature(abstract).items() if name not in given}
-        start = Start.read("generator", config.generator.start_from, expected, source.class_names, tokenizer)
+        more = signature(build.abstract_generator(config, spec, classes + 1))
+        per_class = [name for name, it in expected.items() if more[name] != it]
+        own = (source.class_names, tokenizer, per_class)
+        start = Start.read("generator", config.generator.start_from, expected, *own)
     session.begin("generator", len(source))
     if session.is_first:
         record_tokens(workdir, source.digest)

@@ -1,6 +1,5 @@
 """Draw images from a model folder: a grid and single files, or one .npz for an evaluator."""
 
-import json
 import time
 import uuid
 from pathlib import Path
@@ -45,13 +44,13 @@ def sample(config: Config, model: str, folder: Path) -> Path:
     labels = np.resize(chosen, settings.count)
     request = {
         "model": digest_of((model_folder.find(model) / "config.json").read_bytes()),  # holds the weights' hashes
-        "drawing": json.loads(json.dumps(drawing(config))),
         "labels": chosen.tolist(),
         "count": settings.count,
         "seed": settings.seed,
         "sampling": sampling_of(config).record(),
         "batch_size": settings.batch_size,
         "format": settings.format,
+        **drawing(config),
     }
     folder, why = choose_folder(folder, request)
     if why:

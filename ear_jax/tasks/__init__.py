@@ -24,6 +24,9 @@ TASKS = {
 TRAINING = ("run", "prepare", "tokenizer", "latents", "generator", "convert", "study")
 """Those that make a run what it is; whatever is given to the others is of that call alone."""
 
+MODEL_READERS = ("sample", "evaluate", "bench", "study", "check", "convert", "seal")
+"""Those that use what `--model` names; to the others it can only bring a configuration."""
+
 SUMMARIES = {
     "run": "all stages in order, each skipped when its result is complete (the default)",
     "prepare": "download and convert a tfds:NAME data set (needs the tf extra)",

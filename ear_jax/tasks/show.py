@@ -1,6 +1,7 @@
 """Print what a configuration means before anything runs: keys, levels, parameters, FLOPs and memory."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -63,7 +64,8 @@ def _print_parameters(name: str, module: nnx.Module) -> None:
     print(f"\nParameters of the {name}: {readable_count(sum(groups.values()))}")
     for group, count in groups.items():
         print(f"  {group:<40} {count:>14,}")
-    print(parameter_overview.get_parameter_overview(parameters, include_stats=False))
+    table = parameter_overview.get_parameter_overview(parameters, include_stats=False)
+    print(re.sub(r"(\d)\.0\b", r"\1", table))  # where an array is a scalar, it counts in floats
 
 
 def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -44,8 +45,8 @@ class StageRun:
     """Everything the loop needs to run one stage.
 
     `shown` names the metrics printed at every log interval, in order. `initial` holds arrays by name that a run without
-    a checkpoint starts with. `held_out` makes a batch as the loader's, of images that are not trained on; `tracker` is
-    a run of Weights & Biases, or None.
+    a checkpoint starts with; their masked entries begin as they would alone. `held_out` makes a batch as the loader's,
+    of images that are not trained on; `tracker` is a run of Weights & Biases, or None.
     """
 
     stage: str
@@ -209,7 +210,11 @@ def _started_from(plan: StatePlan, initial: Mapping[str, np.ndarray]) -> TrainSt
         layout = plan.shardings[part]
         for name in initial.keys() & arrays.keys():
             # Not the host's memory: the first update gives these buffers away.
-            arrays[name] = jax.device_put(np.asarray(initial[name]), layout[name], may_alias=False)
+            given = jax.device_put(np.asarray(initial[name]), layout[name], may_alias=False)
+            if np.ma.is_masked(initial[name]):
+                choose = jax.jit(jnp.where, out_shardings=layout[name])
+                given = choose(np.ma.getmaskarray(initial[name]), arrays[name], given)
+            arrays[name] = given
     return state
 
 

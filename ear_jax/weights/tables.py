@@ -112,7 +112,7 @@ def choose(found: Found, weights: str, preferred: Sequence[str], setting: str) -
                 left[name] = tensor
         nameless = [*found.unnamed, *(averaged.keys() & inner.keys())]
         averaged |= inner
-        is_wanted = looks_averaged(preferred[0]) or not (left.keys() - set(_COUNTERS) or len(trained) > 1)
+        is_wanted = looks_averaged(next(iter(preferred), "")) or not (left.keys() - set(_COUNTERS) or len(trained) > 1)
         if weights == "auto" and len(averaged) == 1 and is_wanted and not nameless:
             return _without_counters(found, *next(iter(averaged.items())))
         if weights == "auto" and (averaged or nameless):

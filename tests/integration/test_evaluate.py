@@ -190,7 +190,7 @@ def test_lpips_of_reconstructions_is_that_of_the_given_weights(workdir, model, t
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--config.evaluate.images=nowhere"], 65, "nowhere is neither a folder nor"),
+        (["--config.evaluate.images=nowhere"], 64, "--model=.*: config.evaluate.images is scored without a model"),
         (["--config.evaluate.metrics=fd,diversty"], 64, "'diversty' is not measured.*Did you mean 'diversity'"),
         (["--config.evaluate.metrics=sfid"], 65, "sfid cannot be measured"),
         (["--config.evaluate.reference=nowhere.npz"], 65, "No reference statistics at nowhere"),
@@ -217,6 +217,8 @@ def test_missing_weights_are_told_before_a_judge_is_trained(model, tmp_path, cap
 
 
 def test_images_of_another_size_than_the_data_are_refused(workdir, drawn, tmp_path, capsys):
+    assert run(workdir, "--task=evaluate", "--config.evaluate.images=nowhere") == 65
+    assert "nowhere is neither a folder nor" in capsys.readouterr().err
     save_npz(tmp_path / "small.npz", drawn[0][:, ::2, ::2], drawn[1])
     assert run(workdir, "--task=evaluate", f"--config.evaluate.images={tmp_path / 'small.npz'}") == 65
     assert "have 8 pixels a side, config.data.image_px is 16" in capsys.readouterr().err

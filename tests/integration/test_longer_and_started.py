@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,17 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from PIL import Image
-from safetensors.numpy import load_file
-from tiny import SMALLEST, SMALLEST_ARGUMENTS, Programs, one_device_mesh, quick_compilation, random_model, updates
+from safetensors.numpy import load_file, save_file
+from tiny import (
+    SMALLEST,
+    SMALLEST_ARGUMENTS,
+    Programs,
+    differing,
+    one_device_mesh,
+    quick_compilation,
+    random_model,
+    updates,
+)
 
+from ear_jax import build
 from ear_jax.config import derive, read
-from ear_jax.config.schema import TrainingConfig
+from ear_jax.config.schema import Config, TrainingConfig
 from ear_jax.errors import ConfigError, NonFiniteError
 from ear_jax.main import main
+from ear_jax.nn.functional import Keys, functional, signature
 from ear_jax.stages import session, tokenizer
+from ear_jax.stages.starting import Start
 from ear_jax.tasks import stages
-from ear_jax.training import ledger, optim
+from ear_jax.training import ledger, loop, optim
+from ear_jax.training.step import StatePlan
 
 RECIPE = (
     f"--config={tiny.__file__}",
@@ -128,6 +142,7 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
         "--config.generator_training.steps=2",
         "--config.generator_training.learning_rate=1e-6",
         "--config.generator_training.final_phase_steps=0",
+        "--config.generator_training.checkpoint_every_steps=1",
         "--config.data.eval_fraction=0.3",
         f"--workdir={run}",
     ]
@@ -149,15 +164,143 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
         assert after[name].shape != before[name].shape
     assert [row["event"] for row in ledger.read(run / "ledger.jsonl")].count("start_from") == 1
 
-    shutil.rmtree(model)
+    shutil.rmtree(model)  # and a cut in mid-training, after the first update
     (run / "generator/complete.json").unlink()
+    shutil.rmtree(run / "generator/checkpoints/2")
     with quick_compilation():
         assert main([*recipe, "--task=generator"]) == 0, capsys.readouterr().err
+    said, again = capsys.readouterr().out, load_file(run / "generator/model/generator.safetensors")
+    assert "going on from the checkpoint of step 1" in said and "start  " not in said
+    assert not differing(again, after)
+
+    assert main([*recipe, "--task=generator", "--config.tokenizer_training.steps=9"]) == 64
+    error = capsys.readouterr().err
+    assert "was begun with other settings" in error and "config.tokenizer_training.steps: was 6, is 9" in error
+    assert f"delete {run / 'generator'} to start this stage again" in error
 
 
-def test_a_model_of_which_nothing_fits_is_refused():
-    from ear_jax.stages.starting import Start
+def generator_start(path: Path, config: Config, names: Sequence[str]) -> Start:
+    """Return what a generator of a configuration, with these classes, starts with from a model."""
+    spec = build.abstract_tokenizer(config).spec
+    own, more = (signature(build.abstract_generator(config, spec, len(names) + extra)) for extra in (0, 1))
+    return Start.read("generator", str(path), own, names, per_class=[name for name in own if own[name] != more[name]])
 
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("masked") / "model", tiny.tiny_config(**SMALLEST), NAMES)
+
+
+@pytest.fixture(scope="module")
+def next_scale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("next_scale") / "model", tiny.tiny_config(**VAR), NAMES)
+
+
+NAMES = ("circle", "square", "triangle", "star")
+VAR: dict[str, Any] = dict(tokenizer__name="vqvae", generator__backbone__name="next_scale")
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "said"),
+    [
+        (NAMES, (0, 1, 2, 3), ""),
+        (NAMES[::-1], (3, 2, 1, 0), "4 of them start as those of the same name there (star, triangle, square, circle)"),
+        (
+            ("star", "cat", "square"),
+            (3, None, 1),
+            "2 of them start as those of the same name there (star, square), 1 a",
+        ),
+        (("star", "cat", "dog", "owl", "cow"), (3, None, None, None, None), "(star), 4 are new"),
+        (("star", "cat", "dog", "owl"), (3, None, None, None), "(star), 3 are new"),
+        (("owl", "cat", "dog", "cow"), (0, 1, 2, 3), "each class starts as the one of its number there"),
+        (("owl", "cat"), (None, None), "classes are new"),
+    ],
+    ids=["same", "order", "fewer", "more", "as_many", "others", "fewer_others"],
+)
+@pytest.mark.parametrize("kind", ["masked", "next_scale"])
+def test_classes_start_as_those_of_the_same_name(
+    kind: str, names: tuple[str, ...], rows: tuple[int | None, ...], said: str, request: pytest.FixtureRequest
+) -> None:
+    model, table = request.getfixturevalue(kind), "backbone/class_embedding"
+    start = generator_start(model, tiny.tiny_config(**(SMALLEST if kind == "masked" else VAR)), names)
+    there, new = load_file(model / "generator.safetensors")[table], rows.count(None)
+    if kind == "next_scale":
+        rows = (*rows, len(NAMES))  # of images without a class
+    assert said in " ".join(start.notes) and bool(start.notes) == bool(said)
+    assert start.new == (
+        {table: f"{new} of {len(rows)} rows, of classes that are not in the other model"} if new else {}
+    )
+    assert (table in start.taken) == (new < len(rows))
+    for number, row in enumerate(rows if table in start.taken else ()):
+        is_new = np.ma.getmaskarray(start.taken[table])[number]
+        assert is_new.all() if row is None else not is_new.any()
+        assert row is None or np.array_equal(np.asarray(start.taken[table])[number], there[row])
+
+
+def test_a_stage_begins_with_what_is_given_and_masked_entries_as_they_would_alone() -> None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    parts = ("params", "ema", "rest")
+    static = functional(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=Keys(0))))[0]
+    shardings: Any = {part: dict.fromkeys("abc", place) for part in parts}
+    fresh: Any = lambda: {part: {name: jnp.full((2, 2), 7.0) for name in "abc"} for part in parts}  # noqa: E731
+    plan = StatePlan(static, shardings, shardings, fresh)
+    rows = np.ma.masked_array([[1.0, 2.0], [3.0, 4.0]], [[False, False], [True, True]])
+    state = loop._started_from(plan, {"a": rows, "b": np.ones((2, 2))})
+    for part in (state["params"], state["ema"], state["rest"]):
+        a, b, c = (np.asarray(part[name]).tolist() for name in ("a", "b", "c"))
+        assert (a, b, c) == ([[1, 2], [7, 7]], [[1, 1], [1, 1]], [[7, 7], [7, 7]])
+
+
+def test_a_scale_by_scale_trunk_keeps_its_weights_under_a_new_head(next_scale: Path, tmp_path: Path) -> None:
+    new_codes = tiny.tiny_config(**VAR, tokenizer__vqvae__codes=16)
+    start = generator_start(next_scale, new_codes, NAMES)
+    lines, theirs = start.lines(), load_file(next_scale / "generator.safetensors")
+    heads = {name for name in start.new if name.startswith("head/")}
+    assert heads and f"new: {min(heads)} ({theirs[min(heads)].shape} there, " in "\n".join(lines)
+    assert all(name in start.taken for name in theirs if "/transformer/" in name or "/blocks/" in name)
+    assert all(np.array_equal(array, theirs[name]) for name, array in start.taken.items())
+    assert start.taken.keys() | start.new.keys() >= theirs.keys() and not start.left
+    values = sum(array.size for array in start.taken.values())
+    assert lines[0] == f"{len(start.taken)} arrays ({values:,} values) taken from {next_scale}"
+
+    other_head = {name.replace("head/", "another/"): array for name, array in theirs.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in other_head.items()}, tmp_path / "x.safetensors")
+    start = generator_start(tmp_path / "x.safetensors", tiny.tiny_config(**VAR), NAMES)
+    left = [name for name in sorted(other_head) if name.startswith("another/")]
+    assert start.left == tuple(left) and {*start.new.values()} == {"not in the other model"}
+    assert f"left there: {len(left)} arrays ({', '.join(left)})" in start.lines()
+    assert start.notes == ("it names no classes: each class starts as the one of its number there",)
+
+
+def test_a_tokenizer_starts_from_a_model_and_from_a_file_of_one(masked: Path, tmp_path: Path, capsys) -> None:
+    seen: list[Any] = []
+
+    def look(stage: Any) -> None:
+        seen.append(stage.initial)
+        raise NonFiniteError("looked")
+
+    theirs = load_file(masked / "tokenizer.safetensors")
+    for number, path in enumerate((masked, masked / "tokenizer.safetensors")):
+        # This one has no coarse part.
+        arguments = [*RECIPE, f"--config.tokenizer.start_from={path}", f"--workdir={tmp_path / str(number)}"]
+        with mock.patch.object(tokenizer, "train", look):
+            assert main(arguments) == 76, capsys.readouterr().err
+        assert f"start       {len(seen[-1])} arrays (" in (said := capsys.readouterr().out) and "left there: " in said
+        config = read.from_dict(json.loads((tmp_path / str(number) / "config.json").read_text()))
+        trained = signature(nnx.eval_shape(lambda c=config: build.build_tokenizer_objective(c, rngs=Keys(0))))
+        assert seen[-1] and seen[-1].keys() <= trained.keys()
+        for name, array in seen[-1].items():
+            assert np.array_equal(array, theirs[name.removeprefix(tokenizer.PREFIX)])
+    assert seen[0].keys() == seen[1].keys()
+
+
+def test_a_model_of_which_nothing_fits_is_refused(masked: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"none of its \d+ arrays fits this generator, by name and shape \(there backb"
+    ):
+        Start.read("generator", str(masked), {"a": ((2,), np.dtype(np.float32))})
+    with pytest.raises(ConfigError, match=r"holds no generator|none of its"):
+        Start.read("generator", str(masked / "tokenizer.safetensors"), {"a": ((2,), np.dtype(np.float32))})
     with pytest.raises(ConfigError, match=r"start_from=/no/such: .* does not exist"):
         Start.read("generator", "/no/such", {})
 

@@ -286,6 +286,12 @@ def test_seeds_have_one_range_everywhere(model):
             model.sample([0], seed=seed)
 
 
+def test_a_seed_where_nothing_is_drawn_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "spec", dataclasses.replace(model.spec, levels=model.spec.levels[:1]))
+    with pytest.raises(ConfigError, match=r"seed=3: has no effect, this tokenizer has discrete tokens alone"):
+        model.encode(np.zeros((1, PX, PX, 3), np.uint8), seed=3)
+
+
 def test_tokens_that_cannot_be_decoded_are_refused(model):
     ids, fine = np.zeros((2, 4), np.int32), np.zeros((2, 16, 4), np.float32)
     for levels, fault in (
@@ -392,6 +398,11 @@ def test_an_interrupted_set_goes_on_where_it_was_and_other_requests_go_elsewhere
     assert beside.parent == half.parent and beside.name.startswith("parts-") and content(half) == before
     assert "of another request (count 19 → 2; seed 0 → 5); they are kept" in capsys.readouterr().out
     assert sample(other, str(model.path), half) == beside and len(drawn) == 12, "found again"
+    once = read.resolve(
+        read.to_dict(config), [("generator_training.compute_dtype", "bfloat16")], is_once=lambda path: True
+    )
+    assert sample(once, str(model.path), half) not in (half, beside), "what draws is part of a request, once or not"
+    assert 'generator_training.compute_dtype "float32" → "bfloat16"' in capsys.readouterr().out
     (half / "made_from.json").unlink()
     assert sample(config, str(model.path), half) not in (half, beside), "images of an earlier version are kept too"
 
@@ -409,6 +420,11 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
         top_k=3,
         top_p=0.75,
     )
+    for asked in ({"top_k": 3}, {"sampling": Sampling((2, 1), top_k=3)}):
+        with pytest.raises(ConfigError, match=r"top_k=3: has no effect on this model: only next_scale reads it"):
+            model.sample([0], **asked)
+    reads_all = dataclasses.replace(kinds.KINDS["masked"], options=("sample.top_k", "sample.top_p"))
+    monkeypatch.setitem(kinds.KINDS, "masked", reads_all)  # the only kind that reads them needs another model
     wanted = Sampling(**options)
     assert model.sampling(**options) == wanted and set(options) == {
         field.name for field in dataclasses.fields(Sampling)
@@ -420,8 +436,6 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
         yield labels, np.zeros((len(labels), PX, PX, 3), np.uint8)
 
     monkeypatch.setattr(Pipeline, "sample_batches", sample_batches)
-    reads_all = dataclasses.replace(kinds.KINDS["masked"], options=("sample.top_k", "sample.top_p"))
-    monkeypatch.setitem(kinds.KINDS, "masked", reads_all)  # the only kind that reads them needs another model
     steps = ["--config.sample.coarse_steps=3", "--config.sample.fine_steps=2"]
     rest = [f"--config.sample.{name}={value}" for name, value in options.items() if name != "steps"]
     assert main.main(["--task=sample", f"--model={model.path}", f"--workdir={tmp_path}", *steps, *rest]) == 0

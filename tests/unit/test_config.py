@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
 from ear_jax.config import derive, kinds, read, suggest
@@ -123,6 +125,23 @@ def test_integers_fit_numbers_and_lists_fit_tuples_from_files() -> None:
     config = read.resolve(values)
     assert isinstance(config.tokenizer_training.learning_rate, float)
     assert config.tokenizer.coarse.grids == (4,)
+
+
+def test_numbers_and_arrays_of_numpy_and_jax_are_values() -> None:
+    values = merged(
+        tokenizer_training={"learning_rate": jnp.asarray(0.5, jnp.bfloat16), "batch_size": np.int32(8)},
+        tokenizer={"coarse": {"grids": np.asarray([4])}},
+        sample={"count": jnp.int32(3), "temperature": np.float32(0.5), "labels": [jnp.asarray(1), np.str_("star")]},
+        data={"use_flip": np.bool_(False), "eval_images": np.asarray(7), "eval_fraction": np.float64(0.25)},
+    )
+    config = read.resolve(values)
+    found = config.tokenizer_training, config.sample, config.data
+    assert (found[0].learning_rate, found[0].batch_size, config.tokenizer.coarse.grids) == (0.5, 8, (4,))
+    assert (found[1].count, found[1].temperature, found[1].labels) == (3, 0.5, (1, "star"))
+    assert (found[2].use_flip, found[2].eval_images, found[2].eval_fraction) == (False, 7, 0.25)
+    assert read.from_dict(json.loads(json.dumps(read.to_dict(config)))) == config
+    for value, words in ((np.float32(8), "write 8"), (np.bool_(True), "a truth value"), (np.asarray([8]), "type list")):
+        assert words in faults({}, merged(tokenizer_training={"batch_size": value}))
 
 
 # Keys

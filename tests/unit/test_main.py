@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pydoc
+import re
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ear_jax.folders import model_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = "--config=configs/lite_hybrid.py"
+IMAGES = "evaluate.images=folder"
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,35 @@ def test_wrong_flags_are_explained(argument: str, words: str, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert words in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["sample.top_k=3"], "config.sample.top_k=3: has no effect on this model: only next_scale reads it"),
+        (["sample.guidance_scale=1", "sample.guidance_schedule=constant"], "guidance_scale=1 is no guidance"),
+        ([f"{IMAGES}", "generator.backbone.width=32"], "config.generator.backbone.width=32: config.evaluate.images is"),
+        ([f"{IMAGES}", "sample.guidance_scale=3"], "is scored as it is, without a model, and does not read it"),
+        ([f"{IMAGES}", "evaluate.samples=3"], "config.evaluate.samples=3: config.evaluate.images is scored"),
+        ([f"{IMAGES}", "stats.name=x"], "does not read it"),
+        ([f"{IMAGES}", "--model=m"], "--model=m: config.evaluate.images is scored without a model, and --config"),
+        (["--task=generator", "--model=m"], "--model=m: --task=generator reads no model"),
+        (["--task=bench", "--model=m", "bench.what=compile"], "--model=m: config.bench.what=compile compiles the conf"),
+    ],
+)
+def test_what_has_no_effect_is_refused(arguments: list[str], fault: str) -> None:
+    task = ["--task=evaluate"] if IMAGES in arguments else []
+    given = [argument if argument.startswith("--") else f"--config.{argument}" for argument in arguments]
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        command_line.read([DEMO, *task, *given])
+
+
+def test_what_has_an_effect_or_is_there_already_is_not_refused() -> None:
+    read_of_images = ("evaluate.batch_size=9", "data.image_px=64", "seed=3", "stats.images=9", "run.program_cache=off")
+    there = ("sample.temperature=1.0", "sample.top_k=0", "generator.backbone.width=128")
+    for argument in (*read_of_images, *there):
+        command_line.read([DEMO, "--task=evaluate", f"--config.{IMAGES}", f"--config.{argument}"])
+    command_line.read([DEMO, "--config.sample.guidance_schedule=constant", "--config.sample.top_p=0"])
 
 
 def test_faults_of_flags_and_config_come_together(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,15 +8,17 @@ from integration.tiny import tiny_config
 
 from ear_jax import build
 from ear_jax.config import kinds, read, uses
-from ear_jax.config.schema import USES, Config
+from ear_jax.config.schema import IMAGES, USES, Config
 from ear_jax.config.values import Leaf, flatten, leaves, unflatten
+from ear_jax.errors import ConfigError
 from ear_jax.nn.functional import functional
+from ear_jax.sampling import Sampling
 from ear_jax.stages.session import inputs
 
 
 def test_every_key_says_who_reads_it_of_a_finished_model_and_whether_it_is_of_one_call() -> None:
     for path, leaf in leaves().items():
-        assert set(leaf.metadata["read_by"]) <= set(USES), path
+        assert set(leaf.metadata["read_by"]) <= {*USES, IMAGES}, path
         assert leaf.metadata["is_asked"] in (True, False), path
         assert not (leaf.metadata["is_asked"] and path in inputs(Config(), "generator")), path
 
@@ -40,7 +42,7 @@ def _another(leaf: Leaf) -> Any:
 def _asked(config: Config) -> Any:
     """Return what `--task=sample` reads of a configuration itself: the sampling, what is drawn and how it runs."""
     own = config.sample
-    what = own.labels, own.count, own.seed, own.batch_size, own.format, config.run
+    what = own.labels, own.count, own.seed, own.batch_size, own.format, config.run.program_cache
     return kinds.sampling_of(config).record(), what
 
 
@@ -52,16 +54,15 @@ def _modules(model: Config, config: Config) -> Any:
     return functional(tokenizer)[0].graphdef, functional(generator)[0].graphdef
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(tokenizer__name="kl_vae", generator__backbone__name="mar", generator__continuous_head="diffusion"),
-        dict(tokenizer__name="vqvae", generator__backbone__name="next_scale"),
-        dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__diffusion__guided_channels=1),
-    ],
-    ids=["masked", "mar", "next_scale", "dit"],
-)
+KINDS_OF_MODEL: dict[str, dict[str, Any]] = {
+    "masked": {},
+    "mar": dict(tokenizer__name="kl_vae", generator__backbone__name="mar", generator__continuous_head="diffusion"),
+    "next_scale": dict(tokenizer__name="vqvae", generator__backbone__name="next_scale"),
+    "dit": dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__diffusion__guided_channels=1),
+}
+
+
+@pytest.mark.parametrize("changes", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 def test_every_key_given_to_a_finished_model_is_applied_or_refused_with_a_reason(changes: dict[str, Any]) -> None:
     model = tiny_config(**changes)
     values, modules, applied = flatten(model), _modules(model, model), []
@@ -78,6 +79,40 @@ def test_every_key_given_to_a_finished_model_is_applied_or_refused_with_a_reason
     assert {"sample.guidance_scale", "sample.seed", "generator_training.compute_dtype"} <= set(applied)
     own = {"mar": "sample_steps", "dit": "sampler"}.get(model.generator.backbone.name)
     assert own is None or f"generator.diffusion.{own}" in applied
+
+
+@pytest.mark.parametrize("changes", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
+def test_python_refuses_an_option_where_the_command_line_does(changes: dict[str, Any]) -> None:
+    model, seen = tiny_config(**changes), []
+    asked = dict(guidance_schedule="constant", temperature=0.5, coarse_temperature=0.5, top_k=3, top_p=0.5)
+    for name, value in asked.items():
+        path = f"sample.{name}"
+        said = list(uses.refusals("sample", [path], unflatten({**flatten(model), path: value}), model))
+        seen.append(bool(said))
+        for given, unsaid in (({name: value}, None), (dataclasses.asdict(_whole(model, name, value)), Sampling(()))):
+            record = unsaid and unsaid.record()
+            if not said:
+                uses.sampling_asked(model, given, unsaid=record)
+                continue
+            with pytest.raises(ConfigError) as refused:
+                uses.sampling_asked(model, given, unsaid=record)
+            assert str(refused.value) == said[0].removeprefix("config.sample.")
+    assert True in seen and False in seen
+    own = kinds.sampling_of(model).record()
+    assert uses.sampling_asked(model, own).record() == own, "what it has already is no question"
+    assert uses.sampling_asked(model, dict.fromkeys(own)).record() == own, "nor is what is left out"
+    both = dict(guidance_scale=2, guidance_schedule="constant")
+    assert uses.sampling_asked(model, both).guidance_schedule == "constant"
+    if model.generator.backbone.name == "next_scale":
+        with pytest.raises(
+            ConfigError, match=r"steps=5: has no effect on this model: each of its levels takes one pass"
+        ):
+            uses.sampling_asked(model, {"steps": 5})
+    assert uses.sampling_asked(model, {"steps": 1}).steps == (1,) * len(kinds.levels(model))
+
+
+def _whole(model: Config, name: str, value: Any) -> Sampling:
+    return dataclasses.replace(Sampling(kinds.sampling_of(model).steps), **{name: value})
 
 
 def test_what_one_call_asks_for_is_not_kept() -> None:
