@@ -19,9 +19,13 @@ from ear_jax.data.folder_files import FolderFiles, find_files
 from ear_jax.data.folder_index import SMALLEST_KEPT, joined, split
 from ear_jax.data.images import printable
 from ear_jax.data.tfds import TfdsSource
+from ear_jax.errors import DataError
 from ear_jax.files import atomic_file, digest_of
 
 _SHOWN = 4
+_PLAIN = {
+    name: (np.dtype(kind), 1) for name, kind in (("names", "u1"), ("sizes", "i8"), ("times", "i8"), ("contents", "u8"))
+}
 _MOST_DIGESTED_BYTES = 1 << 30
 _READ_BYTES = 1 << 20
 
@@ -130,8 +134,17 @@ def load(path: Path) -> tuple[str, Listing] | None:
         return None
     advice = "It is the list of the run's images: bring back a copy, or delete it when you know that they are the same."
     with open_archive(path, advice) as kept:
-        listing = Listing(**{field.name: kept.read(field.name) for field in dataclasses.fields(Listing)})
-        return split(kept.read("source"))[0], listing
+        arrays = {field.name: kept.read(field.name) for field in dataclasses.fields(Listing)}
+        source = kept.read("source")
+    if {name: (array.dtype, array.ndim) for name, array in arrays.items()} == _PLAIN and source.dtype == np.uint8:
+        count = len(split(arrays["names"]))
+        if (
+            len(arrays["sizes"]) == len(arrays["times"]) == count
+            and len(arrays["contents"]) in (0, count)
+            and len(source)
+        ):
+            return split(source)[0], Listing(**arrays)
+    raise DataError(f"{path} holds no list of files. {advice}")
 
 
 def changes(before: Listing, after: Listing) -> list[str]:

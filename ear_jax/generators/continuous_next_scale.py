@@ -64,7 +64,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
         self.own_context_probability = own_context_probability
         self.scale_weight_power = scale_weight_power
         self.label_drop = label_drop
-        shape = (len(scales), levels[0].size if len(levels) > 1 else levels[0].size // patch_size**2)
+        shape = (len(scales), levels[-1].size // patch_size**2)
         self.scale_mean = FrozenVariable(jnp.zeros(shape, jnp.float32))
         self.scale_std = FrozenVariable(jnp.ones(shape, jnp.float32))
 
@@ -265,13 +265,13 @@ def make_continuous_next_scale(
         gate_init=own.gate_init,
         rngs=rngs,
     )
-    energy = dataclasses.asdict(generator.energy) | dict(hidden_width=own.width, dtype=dtype)
+    energy: dict[str, Any] = dataclasses.asdict(generator.energy) | dict(hidden_width=own.width, dtype=dtype)
 
     def head(channels: int) -> EnergyHead:
         if pyramid.head == "token":
             return EnergyHead(channels=channels, **energy, rngs=rngs)
-        joint = dict(windows=pyramid.windows, attention_heads=pyramid.attention_heads)
-        return JointEnergyHead(channels=channels, **joint, **energy, rngs=rngs)
+        heads = pyramid.attention_heads
+        return JointEnergyHead(channels=channels, windows=pyramid.windows, attention_heads=heads, **energy, rngs=rngs)
 
     return ContinuousNextScaleGenerator(
         backbone=backbone,

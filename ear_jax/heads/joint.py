@@ -113,5 +113,5 @@ class JointEnergyHead(EnergyHead):
         terms = [
             jax.vmap(lambda group, w=window: energy_terms(group, target, w, self.alpha))(groups) for window in windows
         ]
-        attraction, repulsion = (sum(term[i].mean() for term in terms) / len(terms) for i in (0, 1))
+        attraction, repulsion = (jnp.stack([term[i].mean() for term in terms]).mean() for i in (0, 1))
         return 2.0 * attraction - temperature * repulsion, {"attraction": attraction, "repulsion": repulsion}

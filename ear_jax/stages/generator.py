@@ -69,9 +69,7 @@ def train_generator(session: Session) -> None:
 
     abstract = build.abstract_generator(config, spec, classes)
     given = {name: array for name, array in tokenizer.items() if name.startswith(abstract.frozen)}
-    if isinstance(abstract, Measuring):
-        session.say(f"generator   measures its data on {min(MEASURED_IMAGES, len(source)):,} images")
-        given |= abstract.measure(_batches(source))
+    given |= _measured(session, abstract, source)
 
     start = None
     if config.generator.start_from and not session.has_begun("generator"):
@@ -140,6 +138,13 @@ def _scores(session: Session, pipeline: Pipeline) -> ScoreHook:
     )
 
     return TrainingScores(session, pipeline)
+
+
+def _measured(session: Session, generator: Any, source: LatentsSource) -> Arrays:
+    if not isinstance(generator, Measuring):
+        return {}
+    session.say(f"generator   measures its data on {min(MEASURED_IMAGES, len(source)):,} images")
+    return generator.measure(_batches(source))
 
 
 def _batches(source: LatentsSource) -> Iterator[Batch]:

@@ -1,6 +1,5 @@
 """Damaged and hostile files of numpy and of gzip for `weights_fuzz.py`: each maker gives what reads its file."""
 
-import gzip
 import io
 import json
 import random
@@ -13,6 +12,7 @@ import numpy as np
 from torch_files import Entry, zip_bytes
 
 from ear_jax.data import folder_index, listing
+from ear_jax.data.folder_index import joined
 from ear_jax.data.image_sets import open_image_set
 from ear_jax.data.images import DecodeRules
 from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter
@@ -128,31 +128,29 @@ def _latents(rng: random.Random, folder: Path, mutate: Mutate) -> Callable[[], o
 
 
 def _listing(rng: random.Random, folder: Path, mutate: Mutate) -> Callable[[], object]:
-    path = folder / "data.json.gz"
-    listing.save(path, "folder:x", {"a": {"1.png": 3}, "b": {"2.png": 4}})
-    if rng.random() < 0.6:
-        text = mutate(rng, gzip.decompress(path.read_bytes()), [b"[", b'{"a":', b"null", b"[]", b"9" * 5000, b" "])
-        path.write_bytes(gzip.compress(text))
-    else:
-        path.write_bytes(mutate(rng, path.read_bytes(), _PIECES))
-    if rng.random() < 0.1:
-        path.write_bytes(path.read_bytes()[:10] + _BOMB + bytes(8))
+    path, numbers = folder / "data.npz", np.arange(2)
+    listing.save(path, "folder:x", listing.Listing(joined(["a/1.png", "b/2.png"]), numbers, numbers))
+    _mutated(rng, path, mutate)
 
     def read() -> None:
         found = listing.load(path)
-        assert found is not None
-        listing.digest(found[1])
-        listing.changes(found[1], {"a": {"1.png": 4}})
+        assert found is not None and found[1].digest
+        listing.changes(found[1], listing.Listing(joined(["a/1.png"]), numbers[:1], numbers[:1]))
 
     return read
 
 
 def _index(rng: random.Random, folder: Path, mutate: Mutate) -> Callable[[], object]:
-    path, dropped = folder / "f.npz", Dropped()
-    folder_index._write(path, [("a/1.png", 0, 3)], {str(folder): folder.stat().st_mtime_ns}, dropped)
+    path, folders = folder / "f.npz", {str(folder): folder.stat().st_mtime_ns}
+    index = folder_index._Index([("a/1.png", 0, 3)], np.zeros(1, np.int64), folders, Dropped())
+    assert folder_index._write(path, index)
+    _mutated(rng, path, mutate)
+    return lambda: folder_index._known(path)  # what is damaged is none: the folder is listed
+
+
+def _mutated(rng: random.Random, path: Path, mutate: Mutate) -> None:
     with np.load(path) as arrays:
         path.write_bytes(_npz(rng, dict(arrays), mutate))
-    return lambda: folder_index._read(path, dropped)
 
 
 MAKERS = (_statistics, _statistics, _images, _images, _latents, _listing, _index)

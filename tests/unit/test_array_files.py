@@ -153,6 +153,9 @@ def test_a_list_of_images_that_claims_too_much_or_is_none_is_refused(tmp_path):
     for names in (npy("(1000000000,)", "'|u1'"), npy(f"({NUMBERS},)", "'|u1'", b"")):
         path.write_bytes(stored(names=names))
         bounded(path, lambda: listing.load(path), "names")
+    wrong = {name: npy("(1,)", data=bytes(8)) for name in ("sizes", "times", "contents", "names", "source")}
+    path.write_bytes(stored(**wrong))
+    bounded(path, lambda: listing.load(path), "no list of files")
     path.write_bytes(stored(sizes=npy("(0,)", data=b"")))
     bounded(path, lambda: listing.load(path), "it holds no names")
 

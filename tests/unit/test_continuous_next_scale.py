@@ -68,7 +68,7 @@ def test_scales_are_means_of_areas_and_residual_ones_what_was_left_over():
 @pytest.mark.parametrize("targets", ["absolute", "residual"])
 def test_measured_statistics_bring_every_scale_to_unit_scale(targets):
     module = made(targets=targets)
-    assert isinstance(module, Measuring)
+    assert issubclass(type(module), Measuring)
     for name, values in run(lambda: module.measure([batch(), batch()])).items():
         getattr(module, name)[...] = values
     levels, back = run(lambda: (levels := module.to_levels(tokens()), module.to_tokens(levels).levels[0]))
@@ -199,7 +199,7 @@ def correlation_of_neighbours(head: EnergyHead, steps: int) -> float:
 
 def test_only_the_joint_head_learns_that_neighbours_agree():
     """Token-wise scores are blind to what tokens have in common; scores of windows are not."""
-    sizes = dict(hidden_width=8, channels=1, width=32, depth=1, noise_channels=4, rngs=nnx.Rngs(0))
+    sizes: dict[str, Any] = dict(hidden_width=8, channels=1, width=32, depth=1, noise_channels=4, rngs=nnx.Rngs(0))
     token = correlation_of_neighbours(EnergyHead(**sizes), 300)
     joint = correlation_of_neighbours(JointEnergyHead(windows=(1, 2), attention_heads=2, **sizes), 300)
     assert abs(token) < 0.1 and joint > 0.8, (token, joint)
