@@ -110,7 +110,7 @@ def test_a_recipe_traces_through_both_stages_and_sampling(recipe):
     assert generator.levels == kinds.levels(config), "what the config said before"
     training = config.generator_training
     _, metrics = traced_step(generator, training, generator_batch(spec, training.accumulation_steps))
-    assert {f"loss/{level.name}" for level in spec.levels} <= set(metrics)
+    assert {f"loss/{level.name}" for level in generator.levels} <= set(metrics)
 
     static, *arrays = functional(generator)
     decoder, *weights = functional(objective.tokenizer)
