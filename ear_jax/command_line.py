@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ear_jax.config.read import from_dict, listing, load, raise_faults, resolve
 from ear_jax.config.schema import USES, Config
 from ear_jax.config.suggest import closest_paths, did_you_mean
-from ear_jax.config.uses import refusals
+from ear_jax.config.uses import refusals, unmeasured
 from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
 from ear_jax.tasks import SUMMARIES, TASKS, TRAINING
@@ -99,7 +99,9 @@ def read(arguments: Sequence[str]) -> Request:
         other_faults=faults,
         is_once=lambda path: not is_training or leaves()[path].metadata["is_asked"],
     )
-    if task in USES:
+    if task == "stats" or (task == "evaluate" and config.evaluate.images):
+        raise_faults(list(unmeasured(task, [path for path, _ in overrides], config)))
+    elif task in USES:
         raise_faults(_refused(task, flags, [path for path, _ in overrides], config))
     return Request(config, task, flags.get("workdir") or f"runs/{run_name}", flags.get("model"))
 
@@ -108,7 +110,7 @@ def _refused(task: str, flags: Mapping[str, str], paths: Sequence[str], config: 
     """Return why overrides cannot be applied to the finished model that a task uses; none where there is no model."""
     from ear_jax.folders.model_folder import find  # as in `_base_values`
 
-    if (task == "bench" and config.bench.what == "compile") or (task == "evaluate" and config.evaluate.images):
+    if task == "bench" and config.bench.what == "compile":
         return []
     try:
         folder = find(flags.get("model") or flags.get("workdir") or "")

@@ -508,8 +508,12 @@ class RunConfig:
     program_cache: str = key(
         "auto", "folder that keeps compiled programs for the next start: auto = in the user's cache folder | off | PATH"
     )
-    wandb_project: str = key("", "also log to this project of Weights & Biases (needs the wandb extra); empty = no")
-    profile_steps: tuple[int, ...] = key((), "first and last step of a profiler trace in STAGE/profile; empty = none")
+    wandb_project: str = key(
+        "", "also log to this project of Weights & Biases (needs the wandb extra); empty = no", read_by=("evaluate",)
+    )
+    profile_steps: tuple[int, ...] = key(
+        (), "first and last step of a profiler trace in STAGE/profile; empty = none", read_by=()
+    )
 
 
 @dataclasses.dataclass(frozen=True)

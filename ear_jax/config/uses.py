@@ -7,6 +7,9 @@ from ear_jax.config.kinds import KINDS, kind_of, levels
 from ear_jax.config.schema import USES, Config
 from ear_jax.config.values import flatten, leaves, unflatten
 
+_MEASURING = ("seed", "data", "evaluate", "stats", "run", "mesh")
+"""Keys that scoring images, or statistics of them, reads: no model is drawn from."""
+
 
 def drawing(config: Config) -> dict[str, Any]:
     """Return by path what says how a finished model computes and draws, `config.sample` apart."""
@@ -30,7 +33,10 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
         if wanted[path] == own[path]:
             continue
         metadata, start = leaves()[path].metadata, f"config.{path}={wanted[path]!r}: "
-        if path in useless:
+        level = path.removeprefix("generator.").removesuffix(".steps")
+        if path == f"generator.{level}.steps" and wanted[f"sample.{level}_steps"]:
+            yield f"{start}has no effect beside config.sample.{level}_steps={wanted[f'sample.{level}_steps']}. Drop one."
+        elif path in useless:
             yield f"{start}has no effect on this model: {useless[path]}. Leave it out."
         elif task not in metadata["read_by"]:
             readers = [name for name in USES if name in metadata["read_by"]]
@@ -44,6 +50,17 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
                 )
             else:
                 yield f"{start}says how training runs, and --task={task} trains nothing. Leave it out."
+
+
+def unmeasured(task: str, paths: Iterable[str], config: Config) -> Iterator[str]:
+    """Yield why keys cannot be given to a task that measures images and no model."""
+    wanted = flatten(config)
+    for path in paths:
+        if path.partition(".")[0] not in _MEASURING and config.once.get(path, wanted[path]) != wanted[path]:
+            yield (
+                f"config.{path}={wanted[path]!r}: --task={task} measures images that are there and does not read it. "
+                "Leave it out."
+            )
 
 
 def _without_effect(model: Config) -> dict[str, str]:

@@ -247,7 +247,7 @@ class Pipeline:
 
         Args:
             images: uint8 or floating point [n, side, side, 3], or one `PIL.Image` or several.
-            value_range: (-1, 1) or (0, 1), of floats; None takes floats with a value below 0 as (-1, 1).
+            value_range: (-1, 1) or (0, 1), of floats; None takes floats with a value below -0.5 as (-1, 1).
             seed: draws continuous tokens from the posterior, instead of its mean; below 2**32.
 
         Raises:

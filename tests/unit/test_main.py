@@ -111,6 +111,15 @@ def test_faults_of_flags_and_config_come_together(capsys: pytest.CaptureFixture[
     assert "3 faults" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", [["--task=stats"], ["--task=evaluate", "--config.evaluate.images=photos"]])
+def test_measuring_images_refuses_what_it_does_not_read(task: list[str]) -> None:
+    for key in ("sample.guidance_scale=3", "generator.energy.alpha=0.5", "tokenizer.loss.l1=3", "study.samples=9"):
+        with pytest.raises(ConfigError, match=f"config.{key.partition('=')[0]}.*does not read it"):
+            command_line.read([DEMO, *task, f"--config.{key}"])
+    read_keys = ("data.image_px=64", "seed=3", "evaluate.metrics=fd", "stats.images=9", "sample.guidance_scale=1.5")
+    assert command_line.read([DEMO, *task, *(f"--config.{key}" for key in read_keys)]).config.seed == 3
+
+
 def test_without_a_config_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--task=show"]) == 64
     text = capsys.readouterr().err
