@@ -33,9 +33,9 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
         if wanted[path] == own[path]:
             continue
         metadata, start = leaves()[path].metadata, f"config.{path}={wanted[path]!r}: "
-        level = path.removeprefix("generator.").removesuffix(".steps")
-        if path == f"generator.{level}.steps" and wanted[f"sample.{level}_steps"]:
-            yield f"{start}has no effect beside config.sample.{level}_steps={wanted[f'sample.{level}_steps']}. Drop one."
+        asked = f"sample.{path.removeprefix('generator.').removesuffix('.steps')}_steps"
+        if path.startswith("generator.") and wanted.get(asked):
+            yield f"{start}has no effect beside config.{asked}={wanted[asked]}. Drop one."
         elif path in useless:
             yield f"{start}has no effect on this model: {useless[path]}. Leave it out."
         elif task not in metadata["read_by"]:
