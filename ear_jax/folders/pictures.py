@@ -47,7 +47,7 @@ def to_uint8(images: FloatImages) -> UInt8[np.ndarray, "*batch h w 3"]:
     return np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
 
 
-def in_signed_range(images: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
+def in_signed_range(images: np.ndarray, value_range: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
     """Return floating-point images as float32 in [-1, 1], whose range is given or certain.
 
     Args:

@@ -241,7 +241,7 @@ class Pipeline:
                 on_batch(start + len(chunk))
 
     def encode(
-        self, images: Images, *, value_range: tuple[float, float] | None = None, seed: Number | None = None
+        self, images: Images, *, value_range: Sequence[float] | np.ndarray | None = None, seed: Number | None = None
     ) -> Tokens:
         """Turn images into tokens.
 
