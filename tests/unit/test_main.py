@@ -57,6 +57,16 @@ def test_the_default_task_and_workdir(calls: list[tuple]) -> None:
     assert (config.sample.guidance_scale, workdir, model) == (2.0, "runs/lite_hybrid", None)
 
 
+def test_the_environment_does_not_change_what_a_seed_gives(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value, usual in (("JAX_ENABLE_X64", "1", "0"), ("JAX_DEFAULT_PRNG_IMPL", "rbg", "threefry2x32")):
+        for given, is_said in ((value, True), (usual, False)):
+            monkeypatch.setenv(name, given)
+            assert main.main([DEMO]) == 0 and name not in os.environ
+            assert (f"{name}={given} is not used" in capsys.readouterr().out) == is_said
+
+
 def test_values_can_follow_their_flags(calls: list[tuple]) -> None:
     arguments = ["--config", "configs/lite_hybrid.py:cifar10", "--task", "sample", "--config.seed", "5"]
     assert main.main([*arguments, "--workdir", "runs/x", "--model", "m"]) == 0
