@@ -41,8 +41,8 @@ def _run(arguments: Sequence[str]) -> None:
         return print(command_line.help_text(arguments))
     if "--version" in arguments:
         return print(command_line.version_text())
+    _drop_what_changes_numbers()  # before a recipe, which may import jax
     request = command_line.read(arguments)
-    _drop_what_changes_numbers()
     program_cache.keep_programs(request.config.run.program_cache)
     module, _, function = TASKS[request.task].partition(":")
     task = getattr(importlib.import_module(module), function)
