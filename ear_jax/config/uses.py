@@ -52,6 +52,23 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
                 yield f"{start}says how training runs, and --task={task} trains nothing. Leave it out."
 
 
+def set_aside(paths: Iterable[str], config: Config, model: Config) -> str:
+    """Return what a recipe says otherwise of the weights of a finished model, `paths` apart; empty for nothing."""
+    wanted, own = flatten(config), flatten(model)
+    belongs = {path: leaf for path, leaf in leaves().items() if path not in paths and path != "name"}
+    differ = [
+        f"{path}={wanted[path]!r} (the model: {own[path]!r})"
+        for path, leaf in belongs.items()
+        if leaf.metadata["affects_result"]
+        and not (leaf.metadata["is_asked"] or leaf.metadata["read_by"])
+        and wanted[path] != own[path]
+    ]
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return (
+        f"of the weights the model's own keys count, not the recipe's: {', '.join(differ[:3])}{more}" if differ else ""
+    )
+
+
 def unmeasured(task: str, paths: Iterable[str], config: Config) -> Iterator[str]:
     """Yield why keys cannot be given to a task that measures images and no model."""
     wanted = flatten(config)

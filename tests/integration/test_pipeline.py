@@ -448,6 +448,9 @@ def test_keys_of_the_weights_are_refused_and_those_of_drawing_change_the_model_t
     ):
         assert main.main(["--task=sample", own, *(f"--config.{one}" for one in key.split())]) == 64
         assert f"{why}" in capsys.readouterr().err
+    recipe = f"--config={REPOSITORY / 'configs/lite_hybrid.py'}:demo,tiny"
+    assert main.main(["--task=sample", own, recipe, "--config.evaluate.samples=9"]) == 64
+    assert re.search(r"the model's own keys count, not the recipe's: .*\(the model: ", capsys.readouterr().out)
     drawn = []
 
     def sample_batches(self: Pipeline, labels: np.ndarray, **_: Any) -> Any:
