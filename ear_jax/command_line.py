@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ear_jax.config.read import from_dict, listing, load, raise_faults, resolve
 from ear_jax.config.schema import USES, Config
 from ear_jax.config.suggest import closest_paths, did_you_mean
-from ear_jax.config.uses import idle, refusals, refusals_of_images
+from ear_jax.config.uses import idle, refusals, refusals_of_images, set_aside, unmeasured
 from ear_jax.config.values import describe_range, groups, leaves
 from ear_jax.errors import ConfigError, EarError
 from ear_jax.tasks import MODEL_READERS, SUMMARIES, TASKS, TRAINING
@@ -121,6 +121,8 @@ def _refused(task: str, flags: Mapping[str, str], paths: Sequence[str], config: 
         ]
     if task == "evaluate" and config.evaluate.images:
         return [*ignored, *refusals_of_images(paths, config)]
+    if task == "stats":
+        return [*ignored, *unmeasured(task, paths, config)]
     if task == "run":
         return [*ignored, *idle(paths, config)]
     if task not in USES or (task == "bench" and config.bench.what == "compile"):
@@ -129,7 +131,10 @@ def _refused(task: str, flags: Mapping[str, str], paths: Sequence[str], config: 
         folder = find(flags.get("model") or flags.get("workdir") or "")
     except EarError:
         return []  # the task says so
-    return list(refusals(task, paths, config, from_dict(_stored(folder / "config.json"))))
+    model = from_dict(_stored(folder / "config.json"))
+    if "config" in flags and (note := set_aside(paths, config, model)):
+        print(f"warning     {note}", flush=True)
+    return list(refusals(task, paths, config, model))
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], list[str]]:

@@ -41,11 +41,20 @@ def _run(arguments: Sequence[str]) -> None:
         return print(command_line.help_text(arguments))
     if "--version" in arguments:
         return print(command_line.version_text())
+    _drop_what_changes_numbers()  # before a recipe, which may import jax
     request = command_line.read(arguments)
     program_cache.keep_programs(request.config.run.program_cache)
     module, _, function = TASKS[request.task].partition(":")
     task = getattr(importlib.import_module(module), function)
     task(request.config, request.workdir, model=request.model)
+
+
+def _drop_what_changes_numbers() -> None:
+    """Keep the same run the same: the optimiser's scalars follow JAX_ENABLE_X64, and every draw the other."""
+    for name, usual in {"JAX_ENABLE_X64": ("", "0", "false"), "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",)}.items():
+        value = os.environ.pop(name, usual[0])
+        if value.lower() not in usual:
+            print(f"warning     {name}={value} is not used: it would change what the same seed gives", flush=True)
 
 
 def _say(text: str, status: int) -> int:

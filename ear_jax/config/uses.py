@@ -9,6 +9,9 @@ from ear_jax.config.values import flatten, leaves, unflatten
 from ear_jax.errors import ConfigError
 from ear_jax.sampling import Sampling, as_integer
 
+_MEASURING = ("seed", "data", "evaluate", "stats", "run", "mesh")
+"""Keys that scoring images, or statistics of them, reads: no model is drawn from."""
+
 
 def drawing(config: Config) -> dict[str, Any]:
     """Return by path what says how a finished model computes and draws, `config.sample` apart."""
@@ -32,7 +35,10 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
         if wanted[path] == own[path]:
             continue
         metadata, start = leaves()[path].metadata, f"config.{path}={wanted[path]!r}: "
-        if path in useless:
+        asked = f"sample.{path.removeprefix('generator.').removesuffix('.steps')}_steps"
+        if path.startswith("generator.") and wanted.get(asked):
+            yield f"{start}has no effect beside config.{asked}={wanted[asked]}. Drop one."
+        elif path in useless:
             yield f"{start}has no effect on this model: {useless[path]}. Leave it out."
         elif task not in metadata["read_by"]:
             readers = [name for name in USES if name in metadata["read_by"]]
@@ -93,6 +99,34 @@ def sampling_asked(model: Config, options: Mapping[str, Any], *, unsaid: Mapping
     if faults:
         raise ConfigError("\n  ".join(faults))
     return asked
+
+
+def set_aside(paths: Iterable[str], config: Config, model: Config) -> str:
+    """Return what a recipe says otherwise of the weights of a finished model, `paths` apart; empty for nothing."""
+    wanted, own = flatten(config), flatten(model)
+    belongs = {path: leaf for path, leaf in leaves().items() if path not in paths and path != "name"}
+    differ = [
+        f"{path}={wanted[path]!r} (the model: {own[path]!r})"
+        for path, leaf in belongs.items()
+        if leaf.metadata["affects_result"]
+        and not (leaf.metadata["is_asked"] or leaf.metadata["read_by"])
+        and wanted[path] != own[path]
+    ]
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return (
+        f"of the weights the model's own keys count, not the recipe's: {', '.join(differ[:3])}{more}" if differ else ""
+    )
+
+
+def unmeasured(task: str, paths: Iterable[str], config: Config) -> Iterator[str]:
+    """Yield why keys cannot be given to a task that measures images and no model."""
+    wanted = flatten(config)
+    for path in paths:
+        if path.partition(".")[0] not in _MEASURING and config.once.get(path, wanted[path]) != wanted[path]:
+            yield (
+                f"config.{path}={wanted[path]!r}: --task={task} measures images that are there and does not read it. "
+                "Leave it out."
+            )
 
 
 def _without_effect(model: Config, guidance_scale: float) -> dict[str, str]:

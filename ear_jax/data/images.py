@@ -26,6 +26,7 @@ EXTENSIONS = frozenset(
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG = 258
 _PHOTOMETRIC_TAG = 262
+_SAMPLE_FORMAT_TAG = 339
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -175,11 +176,12 @@ def _wide_to_rgb(image: Image.Image, background: int) -> Image.Image:
         raise DamagedImage("floating-point pixels have no defined range")
     values, most = values.astype(np.int64), 65_535
     if isinstance(image, TiffImageFile):
-        most = 4_095 if image.tag_v2.get(_BITS_TAG) == (12,) else most
+        bits = image.tag_v2.get(_BITS_TAG)
+        if bits not in ((12,), (16,)) or 2 in np.atleast_1d(image.tag_v2.get(_SAMPLE_FORMAT_TAG, 1)):
+            raise DamagedImage("signed pixels, and those beyond 16 bits, have no defined range")
+        most = 4_095 if bits == (12,) else most
         if image.tag_v2.get(_PHOTOMETRIC_TAG) == 0:  # white is 0; Pillow turns narrower pixels round, but not these
             values = most - values
-    if values.min() < 0 or values.max() > most:
-        raise DamagedImage("integer pixels beyond 16 bits")
     gray = Image.fromarray(((255 * values + most // 2) // most).astype(np.uint8))
     if "transparency" not in image.info:
         return gray.convert("RGB")

@@ -25,6 +25,8 @@ _TITLE_PX = 16
 _CELL_PX = 128
 _IN_NO_FONT = "\U0010fffd"
 _ROUNDING = 1e-3
+_CERTAIN = -0.5
+"""Lower values are of (-1, 1): what resizing carries beyond (0, 1) is nearer to it, and so is (0, 1) less a mean."""
 
 FloatImages = Float[np.ndarray, "*batch h w 3"] | Float[Array, "*batch h w 3"]
 AnyImages = FloatImages | UInt8[np.ndarray, "*batch h w 3"] | UInt8[Array, "*batch h w 3"]
@@ -45,18 +47,18 @@ def to_uint8(images: FloatImages) -> UInt8[np.ndarray, "*batch h w 3"]:
     return np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
 
 
-def in_signed_range(images: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
+def in_signed_range(images: np.ndarray, value_range: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
     """Return floating-point images as float32 in [-1, 1], whose range is given or certain.
 
     Args:
         images: floats of any precision.
-        value_range: (-1, 1) or (0, 1); None takes images with a value below 0 as (-1, 1).
+        value_range: (-1, 1) or (0, 1); None takes images with a value below -0.5 as (-1, 1).
 
     Raises:
-        ConfigError: another dtype, values outside the range, or None and no value is below 0: then (0, 1) and (-1, 1)
-            are both possible, and the wrong one makes all images pale or dark.
+        ConfigError: another dtype, values outside the range, or None and no value is below -0.5: then the range is not
+            certain (resizing carries (0, 1) a little below 0), and a wrong one makes all images pale or dark.
     """
-    if value_range not in (None, (-1, 1), (0, 1)):
+    if value_range is not None and not any(np.array_equal(value_range, known) for known in ((-1, 1), (0, 1))):
         raise ConfigError(f"value_range={value_range!r}: expected (-1, 1) or (0, 1), or uint8 images without it.")
     expected = "uint8 in [0, 255], or floating point with value_range=(-1, 1) or value_range=(0, 1)"
     if images.dtype.kind not in "fV":
@@ -66,18 +68,18 @@ def in_signed_range(images: np.ndarray, value_range: tuple[float, float] | None 
         return floats
     low, high = float(floats.min()), float(floats.max())
     # Rounding may have carried a value a little beyond; anything more is another convention.
-    least, most = value_range or (-1, 1)
+    least, most = (-1, 1) if value_range is None else (int(bound) for bound in value_range)
     if not (least - _ROUNDING <= low and high <= most + _ROUNDING):
         raise ConfigError(
             f"images have dtype {images.dtype} and values {low:g} to {high:g}, outside [{least}, {most}]; "
             f"expected {expected}."
         )
-    if value_range is None and low >= -_ROUNDING:
+    if value_range is None and low >= _CERTAIN:
         raise ConfigError(
             f"images have dtype {images.dtype} and values {low:g} to {high:g}: they may be meant in [0, 1] or in "
             "[-1, 1]. Say which with value_range=(0, 1) or value_range=(-1, 1), or give uint8 in [0, 255]."
         )
-    return floats * 2.0 - 1.0 if value_range == (0, 1) else floats
+    return floats * 2.0 - 1.0 if least == 0 else floats
 
 
 def _as_uint8(images: AnyImages) -> UInt8[np.ndarray, "*batch h w 3"]:

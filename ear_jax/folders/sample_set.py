@@ -29,12 +29,19 @@ def choose_folder(folder: Path, request: Mapping[str, Any]) -> tuple[Path, str |
     found = read_json(folder / RECORD)
     if found is None:
         return other, f"{folder} has images and no record of what they were made from; they are kept"
+    was, wanted = _flat(found), _flat(request)
     changed = [
-        f"{name} {json.dumps(found.get(name))} → {json.dumps(request.get(name))}"
-        for name in sorted(found.keys() | request.keys())
-        if found.get(name) != request.get(name)
+        f"{name} {json.dumps(was.get(name))} → {json.dumps(wanted.get(name))}"
+        for name in sorted(was.keys() | wanted.keys())
+        if was.get(name) != wanted.get(name)
     ]
     return other, f"{folder} has images of another request ({_short('; '.join(changed))}); they are kept"
+
+
+def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return single values by name, so that what differs of a group can be named."""
+    groups = (value if isinstance(value, dict) else {name: value} for name, value in request.items())
+    return {name: value for group in groups for name, value in group.items()}
 
 
 def _holds_images(folder: Path) -> bool:

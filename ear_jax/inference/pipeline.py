@@ -243,13 +243,13 @@ class Pipeline:
                 on_batch(start + len(chunk))
 
     def encode(
-        self, images: Images, *, value_range: tuple[float, float] | None = None, seed: Number | None = None
+        self, images: Images, *, value_range: Sequence[float] | np.ndarray | None = None, seed: Number | None = None
     ) -> Tokens:
         """Turn images into tokens.
 
         Args:
             images: uint8 or floating point [n, side, side, 3], or one `PIL.Image` or several.
-            value_range: (-1, 1) or (0, 1), of floats; None takes floats with a value below 0 as (-1, 1).
+            value_range: (-1, 1) or (0, 1), of floats; None takes floats with a value below -0.5 as (-1, 1).
             seed: draws continuous tokens from the posterior, instead of its mean; below 2**32. Refused where there are
                 none.
 

@@ -101,11 +101,12 @@ def ours_of(
 
 def behind(name: str, names: Collection[str]) -> str:
     """Return a sentence about what stands in front of a name in a file, or nothing."""
-    longer = next((other for other in names if other.endswith(f".{name}")), None)
-    if longer is None:
+    starts = [other.removesuffix(f".{name}")[:80] for other in names if other.endswith(f".{name}")][:4]
+    if not starts:
         return ""
-    start = longer.removesuffix(f".{name}")[:80]
-    return f" The file has {name} behind {start + '.'!r}: take that part of it with config.convert.weights={start}."
+    listed = " or ".join(repr(f"{start}.") for start in starts)
+    choices = " or ".join(f"config.convert.weights={start}" for start in starts)
+    return f" The file has {name} behind {listed}: take that part of it with {choices}."
 
 
 def theirs_of(ours: Mapping[str, np.ndarray], entries: Sequence[Entry]) -> Moved:

@@ -4,6 +4,7 @@ Checkpoints keep averaged weights (EMA) under many names: a table beside the tra
 averager, a list of tables, or a beginning of names inside one table.
 """
 
+import itertools
 import math
 import re
 from collections import deque
@@ -20,7 +21,7 @@ _DEEPEST_TABLE = 3
 _MOST_CHARACTERS = 1 << 22  # of all paths to tables: a pickle may nest one long key a million times
 _SHOWN = 12
 _CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|shadow|averaged?)(?![a-z])")
+_AVERAGED = re.compile(r"(?<![a-z])(emas?|swa|shadow|averaged?|(?<!exp_)avg|polyak)(?![a-z])")
 _COUNTERS = ("decay", "num_updates", "n_averaged", "initted", "step")
 """Numbers that averagers store among their tensors."""
 
@@ -114,7 +115,7 @@ def choose(found: Found, weights: str, preferred: Sequence[str], setting: str) -
         averaged |= inner
         is_wanted = looks_averaged(next(iter(preferred), "")) or not (left.keys() - set(_COUNTERS) or len(trained) > 1)
         if weights == "auto" and len(averaged) == 1 and is_wanted and not nameless:
-            return _without_counters(found, *next(iter(averaged.items())))
+            return _without_counters(found, *_averaged_part(*next(iter(averaged.items()))))
         if weights == "auto" and (averaged or nameless):
             lists = [f"{path[:80]} (not a table of its own)" for path in nameless[:_SHOWN]]
             listed = ", ".join([_listed(averaged), *lists] if averaged else lists)
@@ -123,6 +124,12 @@ def choose(found: Found, weights: str, preferred: Sequence[str], setting: str) -
                 f"say {setting}=NAME for one with names, or {setting}=raw for the weights as they were trained."
             )
         if base is not None and left:
+            if weights == "auto" and (twins := _twins(base, left, trained)):
+                raise NoTable(
+                    f"it holds several tables of the same names, one of which may be averaged (EMA): "
+                    f"{_listed({base: left} | twins)}. Which to take is not guessed: say {setting}=NAME, or "
+                    f"{setting}=raw for {base}."
+                )
             return _without_counters(found, base, left)
         raise NoTable(
             f"it holds several tables of tensors; say which with {setting}=NAME: {_listed(tables)}."
@@ -141,10 +148,14 @@ def choose(found: Found, weights: str, preferred: Sequence[str], setting: str) -
                 f"{setting}={weights!r}: several tables are named so: {_listed(tables)}; give the whole path."
             )
     base = _preferred(tables, preferred) if base is None else base
-    table = tables[base] if base is not None else {}
-    inner = _after(table, weights)
+    inner = {path: part for path, table in tables.items() if (part := _after(table, weights, path))}
+    if base in inner or len(inner) == 1:
+        return _without_counters(found, weights, inner.get(base or "") or next(iter(inner.values())))
     if inner:
-        return _without_counters(found, weights, inner)
+        raise NoTable(
+            f"{setting}={weights!r}: several tables have names that begin so: {_listed(inner)}; write TABLE.{weights}."
+        )
+    table = tables[base] if base is not None else {}
     shown = f" Its names begin with: {', '.join(list(_beginnings(table))[:_SHOWN])}." if table else ""
     raise NoTable(
         f"{setting}={weights!r}: there is no such table. It holds {_listed(tables)}; name one of them or use "
@@ -183,8 +194,34 @@ def _beginnings(table: Mapping[str, Any]) -> dict[str, None]:
     return dict.fromkeys(_beginning(name)[:80] or name[:80] for name in table)
 
 
-def _after(table: Mapping[str, Any], start: str) -> dict[str, Any]:
+def _averaged_part(path: str, table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return what is averaged of an averager's record, which may hold a copy of the trained weights too."""
+    starts = [start for start in _beginnings(table) if start not in table]
+    averaged = [start for start in starts if looks_averaged(start)]
+    if len(averaged) == 1 < len(starts):
+        return f"{path}.{averaged[0]}", _after(table, averaged[0])
+    return path, table
+
+
+def _twins(base: str, taken: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables of unknown names with the names of the one that is taken; an optimiser's moments are none."""
+    known = (base, *(path for path in tables if path.rpartition(".")[2] in PREFERRED or "optim" in path.lower()))
+    bare = _bare(taken)
+    return {path: table for path, table in tables.items() if path not in known and _bare(table) == bare}
+
+
+def _bare(table: Mapping[str, Any]) -> list[list[str]]:
+    """Return names in words, sorted, without the words that all of them begin with."""
+    names = sorted(name.split(".") for name in table)
+    pairs = zip(names[0][:-1], names[-1][:-1], strict=False)
+    shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return [name[shared:] for name in names]
+
+
+def _after(table: Mapping[str, Any], start: str, path: str = "") -> dict[str, Any]:
+    """Return what begins with `start`, which `path` may precede, under the rest of its name."""
     inner = {}
+    start = start.removeprefix(f"{path}.") if path else start
     for separator in "./":
         whole = start + separator
         inner = inner or {name.removeprefix(whole): item for name, item in table.items() if name.startswith(whole)}

@@ -243,7 +243,13 @@ def test_images_go_to_tokens_and_back(model):
     assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
     floats = model.encode(images.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(floats.fine, tokens.fine, atol=1e-4)
-    for bright, value_range in ((images.astype(np.float32) / 255, (0, 1)), (np.abs(images / 127.5 - 1), (-1, 1))):
+    ringing = images / 255 * 1.03 - 0.03, np.array([-1, 1])
+    for bright, value_range in (
+        (images.astype(np.float32) / 255, [0, 1]),
+        (np.abs(images / 127.5 - 1), (-1, 1)),
+        ringing,
+        (images / 255 - 0.5, (-1, 1)),
+    ):
         with pytest.raises(ConfigError, match=r"may be meant in \[0, 1\] or in \[-1, 1\]. Say which with value_range="):
             model.encode(bright)
         model.encode(bright, value_range=value_range)
@@ -451,9 +457,14 @@ def test_keys_of_the_weights_are_refused_and_those_of_drawing_change_the_model_t
         ("generator_training.log_every_steps=1", "says how training runs, and --task=sample trains nothing"),
         ("evaluate.samples=9", "--task=sample does not read it, --task=evaluate does"),
         ("sample.top_k=3", "has no effect on this model: only next_scale reads it, this is masked"),
+        ("run.wandb_project=mine", "--task=sample does not read it, --task=evaluate does"),
+        ("generator.fine.steps=2 sample.fine_steps=1", "no effect beside config.sample.fine_steps=1. Drop one"),
     ):
-        assert main.main(["--task=sample", own, f"--config.{key}"]) == 64
+        assert main.main(["--task=sample", own, *(f"--config.{one}" for one in key.split())]) == 64
         assert f"{why}" in capsys.readouterr().err
+    recipe = f"--config={REPOSITORY / 'configs/lite_hybrid.py'}:demo,tiny"
+    assert main.main(["--task=sample", own, recipe, "--config.evaluate.samples=9"]) == 64
+    assert re.search(r"the model's own keys count, not the recipe's: .*\(the model: ", capsys.readouterr().out)
     drawn = []
 
     def sample_batches(self: Pipeline, labels: np.ndarray, **_: Any) -> Any:

@@ -59,6 +59,16 @@ def test_the_default_task_and_workdir(calls: list[tuple]) -> None:
     assert (config.sample.guidance_scale, workdir, model) == (2.0, "runs/lite_hybrid", None)
 
 
+def test_the_environment_does_not_change_what_a_seed_gives(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value, usual in (("JAX_ENABLE_X64", "1", "0"), ("JAX_DEFAULT_PRNG_IMPL", "rbg", "threefry2x32")):
+        for given, is_said in ((value, True), (usual, False)):
+            monkeypatch.setenv(name, given)
+            assert main.main([DEMO]) == 0 and name not in os.environ
+            assert (f"{name}={given} is not used" in capsys.readouterr().out) == is_said
+
+
 def test_values_can_follow_their_flags(calls: list[tuple]) -> None:
     arguments = ["--config", "configs/lite_hybrid.py:cifar10", "--task", "sample", "--config.seed", "5"]
     assert main.main([*arguments, "--workdir", "runs/x", "--model", "m"]) == 0
@@ -140,6 +150,15 @@ def test_what_has_an_effect_or_is_there_already_is_not_refused() -> None:
 def test_faults_of_flags_and_config_come_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main([DEMO, "--task=shw", "--config.data.imge_px=3", "--config.seed=x"]) == 64
     assert "3 faults" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [["--task=stats"], ["--task=evaluate", "--config.evaluate.images=photos"]])
+def test_measuring_images_refuses_what_it_does_not_read(task: list[str]) -> None:
+    for key in ("sample.guidance_scale=3", "generator.energy.alpha=0.5", "tokenizer.loss.l1=3", "study.samples=9"):
+        with pytest.raises(ConfigError, match=f"config.{key.partition('=')[0]}.*does not read it"):
+            command_line.read([DEMO, *task, f"--config.{key}"])
+    read_keys = ("data.image_px=64", "seed=3", "evaluate.metrics=fd", "stats.images=9", "sample.guidance_scale=1.5")
+    assert command_line.read([DEMO, *task, *(f"--config.{key}" for key in read_keys)]).config.seed == 3
 
 
 def test_without_a_config_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,11 @@ def test_a_request_keeps_its_folder_and_leaves_others_alone(tmp_path: Path) -> N
     assert choose_folder(folder, request) == (folder, None)
     other, why = choose_folder(folder, request | {"seed": 1})
     assert other.parent == tmp_path and other != folder and "(seed 0 → 1)" in str(why)
+    grouped = {f"sampling.{number}": 0 for number in range(99)}
+    single.begin(request | {"drawing": grouped})
+    why = choose_folder(folder, request | {"drawing": grouped | {"sampling.98": 1}})[1]
+    assert "(sampling.98 0 → 1)" in str(why), "only what differs of a group"
+    single.begin(request)
     (folder / "made_from.json").unlink()
     assert "no record" in str(choose_folder(folder, request)[1])
 

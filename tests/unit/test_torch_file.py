@@ -184,6 +184,10 @@ AUTO = {
     "by a number": ({"model": _one(1), "ema": {0: _one(2)}}, "ema.0"),
     "a callback": ({"state_dict": _one(1), "callbacks": {"EMACallback": {"w": _one(2)}}}, "callbacks.EMACallback.w"),
     "in the names": (_TWICE, "ema"),
+    "model_avg": ({"model": _one(1), "model_avg": _one(2), "optim": {0: {"exp_avg": _one(3)["w"]}}}, "model_avg"),
+    "a copy beside it": (
+        {"model": _one(1), "ema": {"online_model.w": _one(1)["w"], "ema_model.w": _one(2)["w"]}}, "ema.ema_model"
+    ),
     "counters as tensors": ({"state_dict": _one(1), "ema": _one(2) | {"decay": np.array(0.9, "f4")}}, "ema"),
 }  # fmt: skip
 DOUBTFUL = {
@@ -194,6 +198,11 @@ DOUBTFUL = {
     "a vector": {"model": _one(1), "ema": np.ones(9, "f4")},
     "a record": {"model": _one(1), "ema": Raw(b"cargparse\nNamespace\n)\x81}b"), "args": None},
     "too deep": {"model": _one(1), "a": {"b": {"ema": {"c": {"d": _one(2)}}}}},
+    "twins of a name that says nothing": {
+        "model": _one(1),
+        "teacher": {"module.w": _one(2)["w"]},
+        "x": {"b": _one(3)["w"]},
+    },
     "averaged weights and a backup": {"model": _one(1), "ema": {"shadow": _one(2), "backup": _one(3)}},
 }
 
@@ -210,7 +219,7 @@ def test_auto_finds_the_averaged_table_where_trainers_put_it(tmp_path, name):
 @pytest.mark.parametrize("name", DOUBTFUL)
 def test_averaged_weights_that_are_not_taken_stop_with_the_key_that_chooses(tmp_path, name):
     path = save(tmp_path / "w.pth", DOUBTFUL[name])
-    with pytest.raises(DataError, match=r"looks like averaged weights.*say weights=NAME.*weights=raw"):
+    with pytest.raises(DataError, match=r"averaged( weights)? \(EMA\): .*say weights=NAME.*weights=raw"):
         read_tensors(path)
     assert read_tensors(path, weights="raw")["w"][0] == 1
 
@@ -255,6 +264,11 @@ def test_tables_by_path_by_last_word_and_by_the_beginning_of_names(tmp_path):
         read_tensors(path, weights="vae_local")
     with pytest.raises(DataError, match=r"several tables of tensors.*say which"):
         read_tensors(save(tmp_path / "two.pth", {"a": _one(1), "b": _one(2)}))
+    inner = {f"{start}.w": _one(value)["w"] for start, value in (("online", 6), ("target", 7))}
+    path = save(tmp_path / "inner.pth", {"model": _one(1), "other": inner, "third": inner})
+    assert read_tensors(path, weights="other.target")["w"][0] == 7
+    with pytest.raises(DataError, match=r"begin so: other .*write TABLE\.online"):
+        read_tensors(path, weights="online")
     flat = {"first_stage_model.w": _one(4)["w"], "model.w": _one(5)["w"]}
     for path in (save(tmp_path / "flat.pth", {"state_dict": flat}), tmp_path / "flat.safetensors"):
         safetensors.numpy.save_file(flat, tmp_path / "flat.safetensors")
