@@ -106,7 +106,7 @@ def write(
     target = Path(path)
     fresh, old = _sibling(target, "writing"), _sibling(target, "replaced")
     # A training run and other libraries' models have a config.json, too.
-    if target.exists() and (target.is_file() or any(target.iterdir())) and not _has_format(target / "config.json"):
+    if target.exists() and (target.is_file() or any(target.iterdir())) and not holds_model(target):
         raise StorageError(f"{target} exists and is not a model folder; move it away or choose another path.")
     described = {part: _check_finite(own, f"part {part!r} of the model to be saved") for part, own in tensors.items()}
     try:
@@ -255,12 +255,13 @@ def find(path: str | os.PathLike[str]) -> Path:
 
 def _is_model(path: Path) -> bool:
     # A workdir has a config.json of its own, a damaged model folder has its tensors still.
-    return _has_format(path) or any(path.parent.glob("*.safetensors"))
+    return holds_model(path.parent) or any(path.parent.glob("*.safetensors"))
 
 
-def _has_format(path: Path) -> bool:
+def holds_model(folder: Path) -> bool:
+    """Tell whether a folder itself, not a run in it, says that it is a model folder; reads its config.json alone."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads((folder / "config.json").read_text("utf-8"))
         return isinstance(document, dict) and document.get("format") == _FORMAT
     return False
 
