@@ -167,11 +167,17 @@ def test_other_settings_in_a_used_folder_are_refused_by_name(finished, capsys, c
 
 
 @pytest.mark.parametrize(
-    "key", ["generator.start_from", "evaluate.reference", "evaluate.inception_weights", "evaluate.lpips_weights"]
+    ("key", "status"),
+    [
+        ("generator.start_from", 64),
+        ("evaluate.reference", 65),
+        ("evaluate.inception_weights", 65),
+        ("evaluate.lpips_weights", 65),
+    ],
 )
-def test_what_a_later_stage_reads_is_looked_for_before_training(key, tmp_path, capsys):
-    assert main([RECIPE[0], f"--config.{key}={tmp_path}/nope", f"--workdir={tmp_path}/run"]) == 64
-    assert f"config.{key}={tmp_path}/nope" in capsys.readouterr().err
+def test_what_a_later_stage_reads_is_looked_for_before_training(key, status, tmp_path, capsys):
+    assert main([RECIPE[0], f"--config.{key}={tmp_path}/nope", f"--workdir={tmp_path}/run"]) == status
+    assert f"config.{key}=" in (error := capsys.readouterr().err) and f"{tmp_path}/nope" in error
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
