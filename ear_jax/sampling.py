@@ -69,7 +69,8 @@ TRACED = ("guidance_scale", "temperature", "coarse_temperature")
 def as_real(value: Any) -> float | None:
     """Return the finite number that a value of any library stands for; truth values, texts and arrays are none."""
     # A scalar array of numpy or jax gives its Python value; one of texts, truth values or more than one gives none.
-    value = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    with contextlib.suppress(NotImplementedError):  # a key of jax.random has no value
+        value = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or hasattr(value, "shape"):
         return None
     try:
@@ -104,9 +105,10 @@ def whole_number(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) 
     return number
 
 
-def real_number(name: str, value: Any) -> float:
-    """Return an argument as a finite number of at least 0; raises ConfigError with its name."""
+def real_number(name: str, value: Any, *, high: float = math.inf) -> float:
+    """Return an argument as a finite number from 0 to `high`; raises ConfigError with its name."""
     number = as_real(value)
-    if number is None or number < 0:
-        raise ConfigError(f"{name}={value!r}: expected a finite number of at least 0.")
+    if number is None or not 0 <= number <= high:
+        expected = "of at least 0" if high == math.inf else f"from 0 to {high:g}"
+        raise ConfigError(f"{name}={value!r}: expected a finite number {expected}.")
     return number

@@ -13,7 +13,7 @@ from ear_jax.config import derive, schema
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from ear_jax.levels import LevelSpec
-from ear_jax.sampling import SCHEDULES, Sampling, as_integer, as_real, real_number, whole_number
+from ear_jax.sampling import SCHEDULES, TRACED, Sampling, as_integer, as_real, real_number, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +215,11 @@ def sampling_of(config: Config, **options: Any) -> Sampling:
         raise ConfigError(
             f"guidance_schedule={named['guidance_schedule']!r} is unknown. Known: {', '.join(SCHEDULES)}."
         )
-    numbers = {name: real_number(name, named[name]) for name in named if name not in ("guidance_schedule", "top_k")}
-    named |= numbers | {"top_k": whole_number("top_k", named["top_k"])}
+    numbers = {name: real_number(name, named[name]) for name in TRACED}
+    named |= numbers | {
+        "top_k": whole_number("top_k", named["top_k"]),
+        "top_p": real_number("top_p", named["top_p"], high=1.0),
+    }
     return Sampling(steps=_steps(config, steps), **named)
 
 

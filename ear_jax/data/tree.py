@@ -13,7 +13,8 @@ from ear_jax.errors import StorageError
 
 _LEFT_BEHIND = frozenset(
     {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "recycler"}
-    | {"system volume information", "found.000", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+    | {"system volume information", "found.000", "@__thumb", "network trash folder", "temporary items"}
+    | {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )
 _NUMBER = re.compile(r"[0-9]+")
 

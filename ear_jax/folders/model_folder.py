@@ -91,7 +91,7 @@ def write(
     """Write a model folder as a whole: a reader finds the old folder or the new one, never a mixture.
 
     Args:
-        path: The folder; an older model folder there is replaced, anything else is refused.
+        path: The folder; the files of an older model there are replaced and others stay, anything else is refused.
         config_dict: The resolved config as JSON-safe values.
         tensors: By part (`tokenizer`, `generator`) and flat name; floats must be finite. A mapping may make its arrays
             when they are asked for: each is asked for twice and not kept.
@@ -105,7 +105,8 @@ def write(
     """
     target = Path(path)
     fresh, old = _sibling(target, "writing"), _sibling(target, "replaced")
-    if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
+    # A training run and other libraries' models have a config.json, too.
+    if target.exists() and (target.is_file() or any(target.iterdir())) and not holds_model(target):
         raise StorageError(f"{target} exists and is not a model folder; move it away or choose another path.")
     described = {part: _check_finite(own, f"part {part!r} of the model to be saved") for part, own in tensors.items()}
     try:
@@ -272,11 +273,15 @@ def find(path: str | os.PathLike[str]) -> Path:
 
 def _is_model(path: Path) -> bool:
     # A workdir has a config.json of its own, a damaged model folder has its tensors still.
+    return holds_model(path.parent) or any(path.parent.glob("*.safetensors"))
+
+
+def holds_model(folder: Path) -> bool:
+    """Tell whether a folder itself, not a run in it, says that it is a model folder; reads its config.json alone."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        document = json.loads(path.read_text("utf-8"))
-        if isinstance(document, dict) and document.get("format") == _FORMAT:
-            return True
-    return any(path.parent.glob("*.safetensors"))
+        document = json.loads((folder / "config.json").read_text("utf-8"))
+        return isinstance(document, dict) and document.get("format") == _FORMAT
+    return False
 
 
 def _sibling(target: Path, role: str) -> Path:
@@ -294,6 +299,9 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+    for place in old.iterdir() if old.is_dir() else ():
+        if place.name not in ("config.json", *_OTHER_FILES) and place.suffix != ".safetensors":
+            os.rename(place, target / place.name)  # what somebody else keeps there
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from ear_jax.data.sources import Renumbered, SplitSource, Subset, in_order
 from ear_jax.data.tree import class_order
 from ear_jax.errors import ConfigError, DataError
 from ear_jax.files import digest_of, read_json, write_json
-from ear_jax.folders import model_folder
+from ear_jax.folders import model_folder, sample_set
 from ear_jax.inference import pipeline
 from ear_jax.metrics.classifier_training import accuracy_when_degraded
 from ear_jax.metrics.collector import ScoreSettings
@@ -139,7 +139,7 @@ def evaluate_images(session: Session) -> None:
     Class names in file or folder names (`000012_circle.png`), or `label_arr` in an .npz, give the class accuracy.
 
     Raises:
-        DataError: the images cannot be read, are of several sizes, or of another size than the reference.
+        DataError: the images cannot be read, are of several sizes, or of another size or of more classes than the data.
     """
     config, settings = session.config, session.config.evaluate
     is_judged = chosen_network(config) == "classifier"
@@ -149,12 +149,20 @@ def evaluate_images(session: Session) -> None:
     images = open_image_set(settings.images, class_ids=class_ids(names))
     if images.labels is not None and images.path.is_file() and class_order(names) != class_order(names, "text"):
         session.say(f"labels      class ids of {images.path.name} are taken in the order of the data's classes")
+    if train is not None and images.labels is not None and images.labels.max() >= len(names):
+        raise DataError(
+            f"the labels of {images.path} go up to {images.labels.max()}, but {config.data.source} has {len(names)} "
+            f"classes. Expected ids 0 to {len(names) - 1}, in the order {', '.join(names[:4])} …; mend the labels, or "
+            "take them out to score without classes."
+        )
     if train is not None and images.image_px != config.data.image_px:
         raise DataError(
             f"the images of {images.path} have {images.image_px} pixels a side, config.data.image_px is "
             f"{config.data.image_px}: the reference would be of another size. Expected one size: set "
             f"--config.data.image_px={images.image_px}, or score other images."
         )
+    asked = (read_json(images.path / sample_set.RECORD) or {}).get("count", images.count)
+    short = [f"{images.count} images, but {asked} were asked for: drawing was interrupted, or files came or went."]
     network = open_network(session, train)
     scorer = SampleScorer(network, open_reference(session, network, train), settings=score_settings(config))
     for batch in set_batches(images, settings.batch_size):
@@ -164,7 +172,7 @@ def evaluate_images(session: Session) -> None:
         "images": str(images.path),
         "scores": scores.values,
         "class_accuracy_by_class": {names[label]: right for label, right in scores.by_class.items()},
-        "warnings": [*images.notes, *scores.warnings],
+        "warnings": [*images.notes, *(short if asked != images.count else []), *scores.warnings],
         "collapse": list(scores.alarms),
         "protocol": {**({"judge": judge_protocol(config)} if is_judged else {}), "scores": scores.protocol},
     }

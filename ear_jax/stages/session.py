@@ -22,6 +22,7 @@ from ear_jax.distributed.mesh import make_mesh
 from ear_jax.distributed.stop_signal import restartable
 from ear_jax.errors import ConfigError
 from ear_jax.files import digest_of, read_json, write_json
+from ear_jax.folders.model_folder import holds_model
 from ear_jax.folders.workdir import COMPLETE, Workdir
 from ear_jax.stages.adopted import known_latents, known_tokenizer
 from ear_jax.stages.data_record import check_data, data_digest, record_data
@@ -267,10 +268,15 @@ def open_session(config: Config, folder: str) -> Iterator[Session]:
     """Join the job and claim the run folder.
 
     Raises:
-        ConfigError: another run holds the folder, the processes disagree, or the mesh does not fit.
+        ConfigError: another run holds the folder, it is a model's, the processes disagree, or the mesh does not fit.
         StorageError: the folder cannot be written.
     """
     check_tracker(config.run.wandb_project)
+    if holds_model(Path(folder).expanduser()):
+        raise ConfigError(
+            f"--workdir={folder} is a model folder: a run there would overwrite its config.json. Use another "
+            f"--workdir, with --model={folder} to evaluate it, or --config.generator.start_from={folder} to train on."
+        )
     process.initialise()
     if jax.process_count() > 1:
         process.guard_exits()

@@ -5,6 +5,7 @@ import time
 from ear_jax.config.schema import Config
 from ear_jax.stages.generator import train_generator
 from ear_jax.stages.latents import cache_latents
+from ear_jax.stages.later_files import check_later_files
 from ear_jax.stages.measurable import check_judged
 from ear_jax.stages.sample import sample
 from ear_jax.stages.session import open_session
@@ -18,6 +19,7 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     check_judged(config)
     prepare.run(config, workdir)
     with open_session(config, workdir) as session:
+        check_later_files(session)
         train_tokenizer(session)
         cache_latents(session)
         train_generator(session)

@@ -224,6 +224,19 @@ def test_images_of_another_size_than_the_data_are_refused(workdir, drawn, tmp_pa
     assert "have 8 pixels a side, config.data.image_px is 16" in capsys.readouterr().err
 
 
+def test_labels_of_no_class_are_refused_and_an_interrupted_set_is_said(workdir, drawn, tmp_path, capsys):
+    save_npz(tmp_path / "beyond.npz", drawn[0], np.full(len(drawn[0]), len(NAMES)))
+    assert run(workdir, "--task=evaluate", f"--config.evaluate.images={tmp_path / 'beyond.npz'}") == 65
+    assert f"go up to {len(NAMES)}, but shapes has {len(NAMES)} classes" in capsys.readouterr().err.replace("\n", " ")
+    (tmp_path / "part").mkdir()
+    for index, image in enumerate(drawn[0][:4]):
+        Image.fromarray(image).save(tmp_path / "part" / f"{index}.png")
+    (tmp_path / "part" / "made_from.json").write_text('{"count": 12}')
+    only_fd = "--config.evaluate.metrics=fd"
+    assert run(workdir, "--task=evaluate", f"--config.evaluate.images={tmp_path / 'part'}", only_fd) == 0
+    assert "4 images, but 12 were asked for" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_file_names_that_stand_for_two_classes_stand_for_none():
     assert class_ids(("a b", "a-b", "ring")) == {"a b": 0, "ring": 2}
 

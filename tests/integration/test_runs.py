@@ -174,6 +174,30 @@ def test_other_settings_in_a_used_folder_are_refused_by_name(finished, capsys, c
 
 
 @pytest.mark.parametrize(
+    ("key", "status"),
+    [
+        ("generator.start_from", 64),
+        ("evaluate.reference", 65),
+        ("evaluate.inception_weights", 65),
+        ("evaluate.lpips_weights", 65),
+    ],
+)
+def test_what_a_later_stage_reads_is_looked_for_before_training(key, status, tmp_path, capsys):
+    assert main([RECIPE[0], f"--config.{key}={tmp_path}/nope", f"--workdir={tmp_path}/run"]) == status
+    assert f"config.{key}=" in (error := capsys.readouterr().err) and f"{tmp_path}/nope" in error
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_a_model_folder_is_no_workdir(finished, capsys):
+    model = finished / "tokenizer" / "model"
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    for task in ("run", "tokenizer", "latents", "generator", "evaluate", "stats"):
+        assert main([RECIPE[0], f"--task={task}", f"--workdir={model}"]) == 64
+        assert f"--workdir={model} is a model folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+
+
+@pytest.mark.parametrize(
     "change",
     [
         "tokenizer_training.checkpoint_every_steps=7",

@@ -113,6 +113,25 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     assert (tmp_path / "model" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("document", ['{"name": "tiny"}', '{"model_type": "dit"}', "[]", "{"])
+def test_a_run_or_another_librarys_model_is_never_replaced(tmp_path, document):
+    (tmp_path / "config.json").write_text(document)
+    (tmp_path / "model.safetensors").write_bytes(b"weeks of work")
+    with pytest.raises(StorageError, match="not a model folder"):
+        _write(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_what_others_keep_in_a_model_folder_stays_when_it_is_replaced(tmp_path):
+    path = _write(tmp_path / "model")
+    (path / "notes.txt").write_text("mine")
+    (path / ".git").mkdir()
+    _write(path, class_names=("new",))
+    assert model_folder.read(path).class_names == ("new",)
+    assert (path / "notes.txt").read_text() == "mine" and (path / ".git").is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_every_byte_of_a_tensor_file_is_guarded(tmp_path):
     path = _write(tmp_path / "model") / "tokenizer.safetensors"
     whole = path.read_bytes()

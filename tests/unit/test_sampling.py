@@ -10,6 +10,7 @@ from flax import nnx
 from random_weights import random_module
 
 from ear_jax.backbones.masked import MaskedBackbone
+from ear_jax.errors import ConfigError
 from ear_jax.generators.guidance import growth, mix
 from ear_jax.generators.kind import image_keys, sample
 from ear_jax.generators.masked import LevelPlan, MaskedGenerator
@@ -18,7 +19,7 @@ from ear_jax.heads.energy import EnergyHead
 from ear_jax.heads.softmax import SoftmaxHead
 from ear_jax.nn.patches import patchify, unpatchify
 from ear_jax.nn.transformer import Trunk
-from ear_jax.sampling import Sampling
+from ear_jax.sampling import Sampling, real_number, seed_number
 from ear_jax.types import LevelSpec
 
 COARSE, FINE = LevelSpec("coarse", 2, "discrete", 7), LevelSpec("fine", 4, "continuous", 3)
@@ -195,3 +196,12 @@ def test_head_kind_must_match_its_level():
             patch_size=1,
             label_drop=0.1,
         )
+
+
+def test_what_is_no_number_is_refused_with_its_name():
+    for value in (jax.random.key(0), jax.random.PRNGKey(0), np.array("3"), True, None, 1.5, 2**32, -1):
+        with pytest.raises(ConfigError, match=r"(?s)^seed=.*expected an integer from 0 to 4294967295\.$"):
+            seed_number("seed", value)
+    for value in (jax.random.key(0), 1.5, "0.5", float("nan"), jnp.ones(2)):
+        with pytest.raises(ConfigError, match=r"(?s)^top_p=.*expected a finite number from 0 to 1\.$"):
+            real_number("top_p", value, high=1.0)
