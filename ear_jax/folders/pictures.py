@@ -56,7 +56,6 @@ def in_signed_range(images: np.ndarray, value_range: tuple[float, float] | None 
         ConfigError: another dtype, values outside the range, or None and no value is below 0: then (0, 1) and (-1, 1)
             are both possible, and the wrong one makes all images pale or dark.
     """
-    value_range = tuple(value_range) if hasattr(value_range, "__iter__") else value_range
     if value_range not in (None, (-1, 1), (0, 1)):
         raise ConfigError(f"value_range={value_range!r}: expected (-1, 1) or (0, 1), or uint8 images without it.")
     expected = "uint8 in [0, 255], or floating point with value_range=(-1, 1) or value_range=(0, 1)"

@@ -255,10 +255,7 @@ def test_images_go_to_tokens_and_back(model):
     ):
         with pytest.raises(ConfigError, match=re.escape(reason)):
             model.encode(pixels, value_range=value_range)
-    assert list(map(len, model.encode(np.full((2, PX, PX, 3), -0.5), value_range=np.array([-1.0, 1.0])).levels)) == [
-        2,
-        2,
-    ]
+    assert list(map(len, model.encode(np.full((2, PX, PX, 3), -0.5), value_range=(-1.0, 1.0)).levels)) == [2, 2]
     assert (model.decode(Tokens(tokens.levels[:1])) != decoded).any()
     drawn = [np.asarray(model.encode(images, seed=seed).fine) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
