@@ -19,6 +19,10 @@ def run(config: Config, workdir: str, *, model: str | None = None) -> None:
     check_judged(config)
     prepare.run(config, workdir)
     with open_session(config, workdir) as session:
+        if config.study.name:
+            session.say(
+                f"notice      this recipe is of the study {config.study.name}; --task=study runs it, this is one run"
+            )
         check_later_files(session)
         train_tokenizer(session)
         cache_latents(session)

@@ -183,8 +183,11 @@ def test_other_settings_in_a_used_folder_are_refused_by_name(finished, capsys, c
     ],
 )
 def test_what_a_later_stage_reads_is_looked_for_before_training(key, status, tmp_path, capsys):
-    assert main([RECIPE[0], f"--config.{key}={tmp_path}/nope", f"--workdir={tmp_path}/run"]) == status
-    assert f"config.{key}=" in (error := capsys.readouterr().err) and f"{tmp_path}/nope" in error
+    arguments = [RECIPE[0], f"--config.{key}={tmp_path}/nope", "--config.study.name=fidelity"]
+    assert main([*arguments, f"--workdir={tmp_path}/run"]) == status
+    said = capsys.readouterr()
+    assert f"config.{key}=" in said.err and f"{tmp_path}/nope" in said.err
+    assert "of the study fidelity; --task=study runs it" in said.out
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
