@@ -36,7 +36,9 @@ def _another(leaf: Leaf) -> Any:
         return "another"
     if isinstance(leaf.default, tuple):
         return (*leaf.default, "another" if "str" in str(leaf.kind) else 1)
-    return leaf.default + 3
+    moved, high = leaf.default + 3, leaf.metadata["high"]
+    is_beyond = isinstance(moved, float) and high is not None and leaf.default < high < moved
+    return (leaf.default + high) / 2 if is_beyond else moved
 
 
 def _asked(config: Config) -> Any:
@@ -58,6 +60,7 @@ KINDS_OF_MODEL: dict[str, dict[str, Any]] = {
     "masked": {},
     "mar": dict(tokenizer__name="kl_vae", generator__backbone__name="mar", generator__continuous_head="diffusion"),
     "next_scale": dict(tokenizer__name="vqvae", generator__backbone__name="next_scale"),
+    "continuous_next_scale": dict(tokenizer__name="lite_vae", generator__backbone__name="continuous_next_scale"),
     "dit": dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__diffusion__guided_channels=1),
 }
 
