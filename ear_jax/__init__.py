@@ -18,14 +18,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(
-    path: str | os.PathLike[str], *, devices: Sequence[Any] | None = None
-) -> "ear_jax.inference.pipeline.Pipeline":
+def load(path: str | os.PathLike[str], *, devices: Any = None) -> "ear_jax.inference.pipeline.Pipeline":
     """Load a model folder, or the one inside a workdir, as a pipeline: sample, encode, decode, info, save.
 
     Args:
         path: model folder or workdir.
-        devices: jax devices to run on; None takes all of this process.
+        devices: a jax device or several to run on; None takes all of this process.
 
     Raises:
         ConfigError: the folder holds no model, or one this version cannot build.

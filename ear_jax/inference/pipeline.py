@@ -34,9 +34,7 @@ Labels = Label | Sequence[Label] | np.ndarray | jax.Array
 Images = np.ndarray | jax.Array | Image.Image | Sequence[Image.Image] | Sequence[np.ndarray]
 
 
-def load(
-    path: str | os.PathLike[str], *, devices: Sequence[Any] | None = None, drawn_as: Config | None = None
-) -> "Pipeline":
+def load(path: str | os.PathLike[str], *, devices: Any = None, drawn_as: Config | None = None) -> "Pipeline":
     """Load a model folder; `ear_jax.load` describes it. Where `drawn_as` is given, it draws as that says."""
     folder = model_folder.read(path)
     own = from_dict(folder.config_dict)
@@ -62,15 +60,19 @@ class Pipeline:
         class_names: Sequence[str],
         tensors: Mapping[str, Mapping[str, Any]],
         *,
-        devices: Sequence[Any] | None = None,
+        devices: Any = None,
     ):
         self.config = config
         self.class_names = tuple(class_names)
         tokenizer = build.abstract_tokenizer(config)
         self.spec: TokenizerSpec = tokenizer.spec
-        chosen = jax.local_devices() if devices is None else list(devices)
-        if not chosen:
-            raise ConfigError("devices is empty; expected jax devices, or None for all of this process.")
+        given = (devices,) if isinstance(devices, jax.Device) else devices
+        chosen = jax.local_devices() if given is None else list(given) if hasattr(given, "__iter__") else [given]
+        if not chosen or not all(isinstance(device, jax.Device) for device in chosen):
+            raise ConfigError(
+                f"devices={devices!r}: expected jax devices such as jax.devices('cpu')[:1], or None for all of this "
+                "process."
+            )
         self._mesh = Mesh(np.asarray(chosen), ("data",))
         self.tokenizer_arrays = self._placed(tensors["tokenizer"], tokenizer, "tokenizer")
         self.levels: tuple[LevelSpec, ...] = kinds.levels(config)

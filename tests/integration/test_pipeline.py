@@ -138,8 +138,10 @@ def test_a_model_says_what_it_is_and_is_saved_and_loaded_again(model, folder, tm
         own, again = getattr(model, part), getattr(saved, part)
         assert own.keys() == again.keys() and all(np.array_equal(own[name], again[name]) for name in own)
     assert (saved.config, saved.class_names) == (model.config, model.class_names)
-    with pytest.raises(ConfigError, match="devices is empty"):
-        ear_jax.load(folder, devices=[])
+    assert ear_jax.load(folder, devices=jax.devices()[0]).devices == (jax.devices()[0],)
+    for wrong in ([], "cpu", 1):
+        with pytest.raises(ConfigError, match=r"devices=.*expected jax devices"):
+            ear_jax.load(folder, devices=wrong)
 
 
 def test_an_image_depends_on_seed_index_and_label_alone(model):
