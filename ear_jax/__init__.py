@@ -8,7 +8,6 @@ described by `help(type(model))`.
 """
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
