@@ -12,6 +12,9 @@ from ear_jax.sampling import Sampling, as_integer
 _MEASURING = ("seed", "data", "evaluate", "stats", "run", "mesh")
 """Keys that scoring images, or statistics of them, reads: no model is drawn from."""
 
+_OTHERS = {"bench": "bench", "convert": "convert", "evaluate.images": "evaluate"}
+"""Keys and groups of keys that one task reads and a run does not."""
+
 
 def drawing(config: Config) -> dict[str, Any]:
     """Return by path what says how a finished model computes and draws, `config.sample` apart."""
@@ -66,11 +69,14 @@ def refusals_of_images(paths: Iterable[str], config: Config) -> Iterator[str]:
 
 
 def idle(paths: Iterable[str], config: Config) -> Iterator[str]:
-    """Yield why keys of `config.sample` cannot be given to a run whose kind of generator never reads them."""
+    """Yield why keys cannot be given to a run: its kind of generator never reads them, or only another task does."""
     wanted, useless = flatten(config), _without_effect(config, config.sample.guidance_scale)
     for path in paths:
         if path in useless and path.startswith("sample.") and wanted[path] != config.once.get(path, wanted[path]):
             yield f"config.{path}={wanted[path]!r}: has no effect on this model: {useless[path]}. Leave it out."
+        task = _OTHERS.get(path, _OTHERS.get(path.partition(".")[0]))
+        if task and wanted[path] != config.once.get(path, wanted[path]):
+            yield f"config.{path}={wanted[path]!r}: --task=run does not read it, --task={task} does. Leave it out."
 
 
 def sampling_asked(model: Config, options: Mapping[str, Any], *, unsaid: Mapping[str, Any] | None = None) -> Sampling:
