@@ -82,8 +82,10 @@ def find_files(path: str, split: Split, config: DataConfig) -> FolderFiles:
         absent = [f for f in folders if not os.path.isdir(f)]
         if absent:
             notes.append(f"{len(absent)} classes have no folder in {printable(base)}: {listed(absent)}")
-    for beside, _, _ in walk(base, root, Dropped(), is_deep=False) if known else []:
-        dropped.add("images beside the class folders", beside)
+    places = [(base, "class folders")] * bool(known) + [(root, "splits")] * (base != root)
+    for folder, what in places:
+        for beside, _, _ in walk(folder, root, dropped, is_deep=False):
+            dropped.add(f"images beside the {what}", beside)
     items, times, indexed = list_images(root, folders, dropped)
     return FolderFiles(
         root=root,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Never
 
@@ -11,6 +13,8 @@ from ear_jax.errors import DataError
 
 _TRAIN = ("train", "training", "trn")
 _HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+_AROUND = re.compile(r"(set|images?|imgs?|photos|pictures|data|split|folder|[0-9]+|[ _.-])+")
+"""What may stand before or behind such a word: `training_set`, `val2017`, `images-test`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +47,12 @@ def find_layout(root: str, wanted: str = "auto") -> Layout:
         return Layout(root)
     classes = {name: {os.path.basename(f) for f in sub_folders(folders[name])} for name in (*train, *held)}
     is_nested = any(classes[name] for name in (*train, *held))
-    if wanted == "auto" and not is_nested and (others or len(folders) == 1):
-        return Layout(root)  # a class may be called train
+    if wanted == "auto" and not is_nested and not (train and held) and (others or len(folders) == 1):
+        taken = f"{_listed([*train, *held])}: taken for a class, not for a split; --config.data.layout=splits changes that"
+        return Layout(root, notes=(taken,))  # a class may be called train
     if not train:
         if wanted == "auto" and others:
-            return Layout(root)
+            return Layout(root, notes=(f"{_listed(held)}: taken for a class, as there is no training folder",))
         _refuse(root, "there are evaluation folders but no training folder", "add one called train, or point at one")
     if len(train) > 1:
         _refuse(root, f"{' and '.join(train)} could both be the training folder", "keep one")
@@ -78,38 +83,39 @@ def refuse_one_level_too_high(
         DataError: the class folders hold folders alone, which look like the classes themselves.
     """
     depth = len(os.path.relpath(base, root).split(os.sep)) if base != root else 0
-    inner: dict[int, set[str]] = {}
+    folders: dict[int, set[tuple[str, ...]]] = {}
     for path, label, _ in items:
-        if path.count(os.sep) <= depth + 1 and "" in inner.get(label, ()):
+        if path.count(os.sep) <= depth + 1 and () in folders.get(label, ()):
             continue  # nearly all of a million
-        rest = path.split(os.sep, depth + 2)[depth + 1 :]
-        inner.setdefault(label, set()).add(rest[0] if len(rest) > 1 else "")
-    nested = {label: found for label, found in inner.items() if "" not in found}
-    times: dict[str, int] = {}
-    for found in nested.values():
-        for name in found:
-            times[name] = times.get(name, 0) + 1
+        folders.setdefault(label, set()).add(tuple(path.split(os.sep)[depth + 1 : -1]))
+    nested: dict[int, list[str]] = {}
+    for label, found in folders.items():
+        wrapped = len(os.path.commonprefix(list(found)))  # training_set/training_set/CLASS
+        if all(len(inside) > wrapped for inside in found):
+            nested[label] = sorted({inside[wrapped] for inside in found})
+    times = Counter(name for found in nested.values() for name in found)
     repeated = sorted(name for name, count in times.items() if count > 1)
-    alone = len(names) == 1 and len(nested.get(0, ())) > 1
+    alone = len(names) == 1 and 0 in nested
     if wanted == "auto" and (alone or len(repeated) > 1):
-        found = sorted(nested[0]) if alone else repeated
+        found = nested[0] if alone else repeated
         raise DataError(
             f"{printable(base)} looks one level too high: its {len(names)} folders ({_listed(names)}) hold no images "
             f"but folders ({_listed(found)}). Point config.data.source at the folder that holds the classes, "
             "or merge them with --config.data.layout=classes"
         )
-    merged = {names[label]: found - {""} for label, found in inner.items() if found - {""}}
+    merged = {names[label]: sorted({path[0] for path in found if path}) for label, found in folders.items()}
+    merged = {name: found for name, found in merged.items() if found}
     if not merged:
         return []
     first = next(iter(merged))
     return [
-        f"sub-folders of {len(merged)} classes belong to their class, such as "
-        f"{printable(first)}: {_listed(sorted(merged[first]))}"
+        f"sub-folders of {len(merged)} classes belong to their class, such as {printable(first)}: "
+        f"{_listed(merged[first])}"
     ]
 
 
 def _named(folders: dict[str, str], words: Sequence[str]) -> list[str]:
-    return [name for word in words for name in folders if name.lower() == word]
+    return [name for word in words for name in folders if word in (name.lower(), _AROUND.sub("", name.lower()))]
 
 
 def _refuse(root: str, what: str, way: str) -> Never:

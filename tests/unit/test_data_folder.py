@@ -122,23 +122,27 @@ def test_a_class_may_be_called_train(tmp_path):
     for name in ("bus", "train"):
         for number in range(4):
             put(tmp_path / name / f"{number}.png")
-    assert open_both(tmp_path)[0].class_names == ("bus", "train")
+    train, _ = open_both(tmp_path)
+    assert train.class_names == ("bus", "train")
+    assert any(note.startswith("train: taken for a class, not for a split") for note in train.notes)
 
 
 @pytest.mark.parametrize(
     ("train_name", "held_name"),
-    [("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Dev"), ("trn", "VAL")],
+    [("Train", "Test"), ("training_set", "test_set"), ("train2017", "images-val"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Dev"), ("trn", "VAL")],
 )
 def test_splits_are_known_by_their_common_names(tmp_path, train_name, held_name):
     put(tmp_path / train_name / "a" / "0.png", level=1)
     put(tmp_path / train_name / "b" / "0.png", level=2)
     put(tmp_path / held_name / "a" / "0.png", level=3)
     put(tmp_path / "unlabelled" / "0.png", level=4)
+    put(tmp_path / "cover.png", level=5)
     train, held = open_both(tmp_path)
     assert train.class_names == held.class_names == ("a", "b")
     assert (levels(train), levels(held)) == ([1, 2], [3])
     assert f"splits: {train_name} for training, {held_name} for evaluation" in train.notes
     assert "not read, beside the splits: unlabelled" in train.notes
+    assert "1 ignored: images beside the splits (such as cover.png)" in train.notes
     assert any("1 classes have no folder" in note for note in held.notes)
 
 
@@ -160,14 +164,21 @@ def test_a_flat_evaluation_folder_is_told_and_the_second_one_is_not_read(tmp_pat
     ("files", "match"),
     [
         (("train/0", "test/0"), "could be splits or classes"),
+        (("train/0", "test/0", "extra/0"), "could be splits or classes"),
+        (("train_images/0", "val2017/0", "bus/0"), "could be splits or classes"),
         (("train/a/0", "bus/0"), "could be splits or classes"),
         (("val/a/0", "test/a/0"), "no training folder"),
         (("train/a/0", "Training/a/0"), "could both be the training folder"),
         (("photos/a/0", "photos/b/0"), r"one level too high: its 1 folders \(photos\).*folders \(a, b\)"),
         (("2023/cat/0", "2023/dog/0", "2024/cat/0", "2024/dog/0"), r"one level too high.*\(cat, dog\)"),
         (("set1/train/a/0", "set1/val/a/0", "set2/train/a/0", "set2/val/a/0"), "one level too high"),
+        (("2023/x/cat/0", "2023/x/dog/0", "2024/y/cat/0", "2024/y/dog/0"), r"one level too high.*\(cat, dog\)"),
+        (("training_set/training_set/cat/0", "test_set/test_set/cat/0", "training_set/training_set/dog/0"), "too high"),
     ],
-    ids=["flat splits", "a nested train and a class", "no training", "two", "wrapped", "years", "data sets"],
+    ids=[
+        *("flat splits", "flat splits and a folder", "flat splits by other names", "a nested train and a class"),
+        *("no training", "two", "wrapped", "years", "data sets", "wrapped years", "wrapped splits"),
+    ],
 )
 def test_doubtful_structures_are_refused_with_the_key_that_decides(tmp_path, files, match):
     for number, file in enumerate(files * 2):
@@ -261,6 +272,7 @@ def test_nested_folders_and_upper_case_extensions_are_found_and_other_files_coun
     (pets / "cat" / "notes.txt").write_text("not an image")
     (pets / "cat" / "._0.png").write_bytes(b"resource fork")
     (pets / ".git").mkdir()
+    (pets / "labels.csv").write_text("not an image, and beside the classes")
     put(pets / "stray.png")
     train, held = open_both(pets)
     assert 77 in levels(train) + levels(held)
@@ -270,7 +282,7 @@ def test_nested_folders_and_upper_case_extensions_are_found_and_other_files_coun
     for part in (
         "hidden or system folders (such as .git)",
         "such as cat/._0.png",
-        "such as cat/notes.txt",
+        "2 ignored: files without an image extension (such as labels.csv)",
         "stray.png",
     ):
         assert part in told
