@@ -22,7 +22,8 @@ from ear_jax.files import digest_of
 ARRAY = "arr_0"
 _ADVICE = "Expected the file as it was written; copy or make it again."
 GRID_NAME = "grid.png"
-_LABELS = ("label_arr", "arr_1")
+_LABELS = ("label_arr", "arr_1", "labels", "label", "class_ids", "class_labels", "y", "targets", "target", "classes")
+"""Names, in any case, of arrays that hold the class of each image; `classes` may also list names of classes."""
 _LOSSY = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp"})
 _NUMBERED = re.compile(r"\d+_(.+)")
 
@@ -171,11 +172,33 @@ def _stored_labels(
     archive: Archive, path: Path, count: int, class_ids: Mapping[str, int]
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Return class ids int32 [count] of an archive, and what to tell; raises DataError for what could be misread."""
-    name = next((name for name in _LABELS if name in archive.names), None)
-    if name is None:
-        return None, ()
-    given = archive.read(name)
+    found: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    for name in sorted((n for n in archive.names if n.lower() in _LABELS), key=lambda n: _LABELS.index(n.lower())):
+        labels, told = _labels_of(archive.read(name), name, path, count, class_ids)
+        notes += told
+        if labels is not None:
+            found[name] = labels
+    (first, taken), *others = found.items() or [("", None)]
+    for name, labels in others:
+        if differing := int((labels != taken).sum()):
+            raise DataError(
+                f"{printable(path)}: {printable(first)} and {printable(name)} both hold the class of each image and "
+                f"differ for {differing} of {count}. Expected one, or the same ones; take out the wrong one."
+            )
+    if found and list(found) != ["label_arr"]:
+        notes.append(f"the class of each image is read from {' and '.join(map(printable, found))}.")
+    if unread := [name for name in archive.names if name != ARRAY and name.lower() not in _LABELS]:
+        notes.append(f"not read: {_shortened(unread)}.")
+    return taken, tuple(notes)
+
+
+def _labels_of(
+    given: np.ndarray, name: str, path: Path, count: int, class_ids: Mapping[str, int]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
     what = f"is {given.dtype} {list(given.shape)}"
+    if name.lower() == "classes" and given.dtype.kind in "US" and given.shape != (count,):
+        return None, (f"{name} {what} lists names, not the class of each of {count} images: not read.",)
     if given.shape[:1] != (count,):
         _refuse_labels(path, name, f"{what}, for {count} images")
     if given.ndim == 2 and given.shape[1] > 1 and given.dtype.kind in "biuf":
@@ -204,7 +227,7 @@ def _stored_labels(
 
 def _refuse_labels(path: Path, name: str, what: str) -> Never:
     raise DataError(
-        f"{printable(path)}: {name} {what}. Expected the class of each image, as whole numbers [N] or [N,1], "
+        f"{printable(path)}: {printable(name)} {what}. Expected the class of each image, as whole numbers [N] or [N,1], "
         "one-hot [N,classes] or text [N]; mend it, or take it out to score without classes."
     )
 

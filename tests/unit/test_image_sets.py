@@ -108,6 +108,20 @@ def test_labels_that_could_be_misread_are_refused(tmp_path, given, match):
         open_image_set(write(tmp_path / "x.npz", arr_0=pictures(3), label_arr=given), class_ids=IDS)
 
 
+def test_labels_under_other_names_are_found_and_told(tmp_path):
+    ids, path = np.arange(3) % 2, tmp_path / "x.npz"
+    for names in (("labels",), ("Y",), ("classes",), ("arr_1",), ("label_arr", "label"), ("targets", "arr_1")):
+        found = open_image_set(write(path, arr_0=pictures(3), **dict.fromkeys(names, ids)), class_ids=IDS)
+        assert found.labels is not None and found.labels.tolist() == [0, 1, 0]
+        assert all(name in found.notes[-1] for name in ("read from", *names))
+    for name in ("arr_1", "labels", "y"):
+        given = {"label_arr": ids, name: 1 - ids}
+        with pytest.raises(DataError, match=rf"label_arr and {name} both .* differ for 3 of 3\. .* take out the wrong"):
+            open_image_set(write(path, arr_0=pictures(3), **given))
+    found = open_image_set(write(path, arr_0=pictures(3), classes=np.array(["ring", "star"]), depth=ids))
+    assert found.labels is None and "lists names" in found.notes[0] and found.notes[1] == "not read: depth."
+
+
 def test_an_archive_is_read_in_batches_with_its_labels(tmp_path):
     save_npz(tmp_path / "samples.npz", IMAGES, LABELS)
     images = open_image_set(tmp_path / "samples.npz")
