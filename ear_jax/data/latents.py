@@ -1,12 +1,14 @@
 """The cache of tokens on disk: the posterior of every image and of its mirror image, read at random.
 
-A cache is a folder: `shard-00000/{level_0,mean,std,label}.npy` per writing process and an `index.json` that is
+A cache is a folder: `shard-00000/{level_0,mean,std,label,crc}.npy` per writing process and an `index.json` that is
 written last, so a folder without it is unfinished. Row r of shard p of P is image r*P + p. It knows arrays, not models.
+`crc` has a checksum of each row and side, compared whenever the row is read: caches may be too large to read in advance.
 """
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from ear_jax.levels import LevelSpec
 _VERSION = 1
 _INDEX = "index.json"
 _PROGRESS = "progress.json"
+_CRC = "crc"
 _LARGEST = {"float16": 65_504.0, "float32": 3.4e38}
 
 
@@ -82,12 +85,17 @@ class LatentsWriter:
         if stop > self._rows:
             raise ValueError(f"{stop} rows written to a shard of {self._rows}")
         sizes = [level.size for level in self.description.levels if level.kind == "discrete"]
-        for name in self.description.arrays():
+        checked: tuple[list[np.ndarray], ...] = ([], [])
+        for name, (_, dtype) in self.description.arrays().items():
             limit = sizes[int(name[6:])] - 1 if name.startswith("level_") else _LARGEST[self.description.dtype]
             for side, values in enumerate((posterior[name], mirrored[name])):
                 _check(name, values, limit, self.next_row)
-                self._files[name][self.next_row : stop, side] = values
+                checked[side].append(np.asarray(values).astype(dtype))
+                self._files[name][self.next_row : stop, side] = checked[side][-1]
         self._files["label"][self.next_row : stop] = label
+        for side, arrays in enumerate(checked):
+            crc = _checksums([*arrays, np.asarray(label).astype(np.int32)])
+            self._files[_CRC][self.next_row : stop, side] = crc
         self.next_row = stop
 
     def flush(self) -> None:
@@ -111,7 +119,9 @@ class LatentsWriter:
             progress = _read(self._root / f"shard-{shard:05d}" / _PROGRESS)
             if progress != {"rows": self.description.rows(shard), "identity": self._identity}:
                 raise DataError(f"shard {shard} of the latents cache {self._root} is not finished")
-        write_json(self._root / _INDEX, sealed({"version": _VERSION, **dataclasses.asdict(self.description)}))
+        write_json(
+            self._root / _INDEX, sealed({"version": _VERSION, _CRC: True, **dataclasses.asdict(self.description)})
+        )
 
     def _finished_rows(self) -> int:
         try:
@@ -130,13 +140,24 @@ class LatentsWriter:
 
 
 class LatentsSource:
-    """Random access to a finished cache; a flip reads the posterior of the mirror image."""
+    """Random access to a finished cache; a flip reads the posterior of the mirror image.
+
+    Raises:
+        DataError: there is none, or it is damaged; of rows, when they are read.
+    """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._root = Path(directory)
         self.description = read_description(directory)
-        if SEAL not in _read(self._root / _INDEX):
-            print(f"{self._root / _INDEX} is of release 0.1.0, without a digest: taken as it is.", flush=True)
+        index = _read(self._root / _INDEX)
+        self._has_crc = _CRC in index
+        lacks = [what for key, what in ((SEAL, "a digest"), (_CRC, "checksums of its arrays")) if key not in index]
+        if lacks:
+            print(
+                f"{self._root / _INDEX} is of an earlier version, without {' and '.join(lacks)}: taken as it is; damage "
+                "would not be noticed. Delete the cache to have it made again.",
+                flush=True,
+            )
         self.class_names = self.description.class_names
         self.levels = self.description.levels
         self.digest = _digest(self.description)
@@ -144,8 +165,10 @@ class LatentsSource:
 
     def _opened(self, shard: int) -> dict[str, np.ndarray]:
         folder, rows = self._root / f"shard-{shard:05d}", self.description.rows(shard)
-        stored = _stored(self.description).items()
-        return {name: _open_array(folder / f"{name}.npy", (rows, *shape), kind) for name, (shape, kind) in stored}
+        stored = _stored(self.description)
+        if not self._has_crc:
+            del stored[_CRC]
+        return {n: _open_array(folder / f"{n}.npy", (rows, *shape), kind) for n, (shape, kind) in stored.items()}
 
     def __len__(self) -> int:
         return self.description.images
@@ -161,10 +184,22 @@ class LatentsSource:
         labels = np.empty(len(indices), np.int32)
         for shard in np.unique(shards):
             here, files = shards == shard, self._shards[shard]
+            stored = {name: files[name][rows[here], sides[here]] for name in batch}
+            stored["label"] = files["label"][rows[here]]
+            if self._has_crc:
+                self._check_rows(int(shard), rows[here], sides[here], list(stored.values()))
             for name, values in batch.items():
-                values[here] = files[name][rows[here], sides[here]]
-            labels[here] = files["label"][rows[here]]
+                values[here] = stored[name]
+            labels[here] = stored["label"]
         return batch | {"label": labels, "index": indices}
+
+    def _check_rows(self, shard: int, rows: np.ndarray, sides: np.ndarray, stored: Sequence[np.ndarray]) -> None:
+        damaged = rows[_checksums(stored) != self._shards[shard][_CRC][rows, sides]]
+        if len(damaged):
+            raise DataError(
+                f"the latents cache {self._root / f'shard-{shard:05d}'} is damaged: row {damaged[0]} is not what was "
+                "written, by its checksum. Copy it again, or delete the cache to have it made again."
+            )
 
 
 def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
@@ -177,6 +212,7 @@ def read_description(directory: str | os.PathLike[str]) -> CacheDescription:
             "edited. Copy it again, or delete the cache to have it made again."
         )
     index.pop(SEAL, None)
+    index.pop(_CRC, None)
     if index.pop("version", None) != _VERSION:
         raise DataError(f"the latents cache {directory} is of another version; delete it to remake it")
     try:
@@ -216,7 +252,16 @@ def _digest(description: CacheDescription) -> str:
 
 def _stored(description: CacheDescription) -> dict[str, tuple[tuple[int, ...], str]]:
     sided = {name: ((2, *shape), dtype) for name, (shape, dtype) in description.arrays().items()}
-    return sided | {"label": ((), "int32")}
+    return sided | {"label": ((), "int32"), _CRC: ((2,), "uint32")}
+
+
+def _checksums(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the CRC-32 of each row through all arrays, uint32 [B]."""
+    sums = [0] * len(arrays[0])
+    for array in arrays:
+        rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+        sums = [zlib.crc32(row.data, so_far) for row, so_far in zip(rows, sums, strict=True)]
+    return np.asarray(sums, np.uint32)
 
 
 def _check(name: str, values: np.ndarray, limit: float, row: int) -> None:

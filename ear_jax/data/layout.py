@@ -48,7 +48,9 @@ def find_layout(root: str, wanted: str = "auto") -> Layout:
     classes = {name: {os.path.basename(f) for f in sub_folders(folders[name])} for name in (*train, *held)}
     is_nested = any(classes[name] for name in (*train, *held))
     if wanted == "auto" and not is_nested and not (train and held) and (others or len(folders) == 1):
-        taken = f"{_listed([*train, *held])}: taken for a class, not for a split; --config.data.layout=splits changes that"
+        taken = (
+            f"{_listed([*train, *held])}: taken for a class, not for a split; --config.data.layout=splits changes that"
+        )
         return Layout(root, notes=(taken,))  # a class may be called train
     if not train:
         if wanted == "auto" and others:

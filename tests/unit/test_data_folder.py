@@ -129,7 +129,15 @@ def test_a_class_may_be_called_train(tmp_path):
 
 @pytest.mark.parametrize(
     ("train_name", "held_name"),
-    [("Train", "Test"), ("training_set", "test_set"), ("train2017", "images-val"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Dev"), ("trn", "VAL")],
+    [
+        ("Train", "Test"),
+        ("training_set", "test_set"),
+        ("train2017", "images-val"),
+        ("training", "testing"),
+        ("train", "valid"),
+        ("TRAIN", "Dev"),
+        ("trn", "VAL"),
+    ],
 )
 def test_splits_are_known_by_their_common_names(tmp_path, train_name, held_name):
     put(tmp_path / train_name / "a" / "0.png", level=1)

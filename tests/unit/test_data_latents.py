@@ -11,6 +11,7 @@ from ear_jax.data.latents import CacheDescription, LatentsSource, LatentsWriter,
 from ear_jax.data.loader import Loader
 from ear_jax.data.sources import Source
 from ear_jax.errors import DataError, StorageError
+from ear_jax.files import sealed
 from ear_jax.levels import LevelSpec
 
 LEVELS = (LevelSpec("coarse", 2, "discrete", 64), LevelSpec("fine", 3, "continuous", 5))
@@ -71,6 +72,34 @@ def test_the_loader_reads_it_and_flips_choose_the_side(tmp_path):
     from_mirror = (batch["level_0"] == mirrored).all(1)
     assert 0 < from_mirror.sum() < 11
     assert np.array_equal(batch["level_0"][~from_mirror], plain[~from_mirror])
+
+
+@pytest.mark.parametrize("file", ["mean", "std", "level_0", "label", "crc"])
+def test_damage_in_the_arrays_is_found_when_the_row_is_read(tmp_path, file):
+    make(tmp_path, dataclasses.replace(DESCRIPTION, shards=2))
+    path = tmp_path / "shard-00001" / f"{file}.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # image 9, mirrored; its label has no side
+    source = LatentsSource(tmp_path)
+    source.batch(np.arange(9), np.ones(9, bool))
+    loader = Loader(source, batch_size=11, seed=0, shuffle=False, use_flip=file != "label")
+    with pytest.raises(DataError, match="shard-00001 is damaged: row 4 "):
+        for _ in range(9):
+            next(loader)
+    loader.close()
+
+
+def test_a_cache_without_checksums_is_read_with_a_notice(tmp_path, capsys):
+    make(tmp_path)
+    assert not capsys.readouterr().out
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "shard-00000" / "crc.npy").unlink()
+    with pytest.raises(DataError, match=r"crc\.npy is unreadable"):
+        LatentsSource(tmp_path)
+    del index["crc"]
+    (tmp_path / "index.json").write_text(json.dumps(sealed(index)))
+    assert len(LatentsSource(tmp_path).batch(np.arange(11), np.ones(11, bool))["label"]) == 11
+    assert "an earlier version, without checksums of its arrays" in capsys.readouterr().out
 
 
 def test_a_vocabulary_beyond_16_bits_is_kept(tmp_path):
