@@ -227,8 +227,8 @@ def _labels_of(
 
 def _refuse_labels(path: Path, name: str, what: str) -> Never:
     raise DataError(
-        f"{printable(path)}: {printable(name)} {what}. Expected the class of each image, as whole numbers [N] or [N,1], "
-        "one-hot [N,classes] or text [N]; mend it, or take it out to score without classes."
+        f"{printable(path)}: {printable(name)} {what}. Expected the class of each image, as whole numbers [N] or "
+        "[N,1], one-hot [N,classes] or text [N]; mend it, or take it out to score without classes."
     )
 
 
