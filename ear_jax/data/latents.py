@@ -2,7 +2,7 @@
 
 A cache is a folder: `shard-00000/{level_0,mean,std,label,crc}.npy` per writing process and an `index.json` that is
 written last, so a folder without it is unfinished. Row r of shard p of P is image r*P + p. It knows arrays, not models.
-`crc` has a checksum of each row and side, compared whenever the row is read: caches may be too large to read in advance.
+`crc` has a checksum of each row and side, compared whenever the row is read: a cache may be too large for that in advance.
 """
 
 import dataclasses
@@ -154,8 +154,8 @@ class LatentsSource:
         lacks = [what for key, what in ((SEAL, "a digest"), (_CRC, "checksums of its arrays")) if key not in index]
         if lacks:
             print(
-                f"{self._root / _INDEX} is of an earlier version, without {' and '.join(lacks)}: taken as it is; damage "
-                "would not be noticed. Delete the cache to have it made again.",
+                f"{self._root / _INDEX} is of an earlier version, without {' and '.join(lacks)}: taken as it is; "
+                "damage would not be noticed. Delete the cache to have it made again.",
                 flush=True,
             )
         self.class_names = self.description.class_names

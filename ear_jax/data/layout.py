@@ -1,6 +1,7 @@
 """Which folder holds the training images and which the evaluation images; what could be either is refused."""
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter
@@ -92,7 +93,8 @@ def refuse_one_level_too_high(
         folders.setdefault(label, set()).add(tuple(path.split(os.sep)[depth + 1 : -1]))
     nested: dict[int, list[str]] = {}
     for label, found in folders.items():
-        wrapped = len(os.path.commonprefix(list(found)))  # training_set/training_set/CLASS
+        levels = zip(*found, strict=False)
+        wrapped = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))  # 2023/images/CLASS
         if all(len(inside) > wrapped for inside in found):
             nested[label] = sorted({inside[wrapped] for inside in found})
     times = Counter(name for found in nested.values() for name in found)
