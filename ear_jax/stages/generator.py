@@ -1,6 +1,5 @@
 """Train the generator on cached tokens and leave a model folder that samples."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from ear_jax.stages.measurable import check_metrics
 from ear_jax.stages.session import Session
 from ear_jax.stages.starting import Start
 from ear_jax.stages.tokenizer import held_out_batch
-from ear_jax.training.freezing import frozen_names, parameter_sizes
+from ear_jax.training.freezing import group_of
 from ear_jax.training.loop import ScoreHook, StageRun, train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Batch
@@ -80,8 +79,8 @@ def train_generator(session: Session) -> None:
         per_class = [name for name, it in expected.items() if more[name] != it]
         own = (source.class_names, tokenizer, per_class, config)
         start = Start.read("generator", config.generator.start_from, expected, *own)
-    frozen = frozen_names(parameter_sizes(abstract), config.generator.freeze)
-    if start is not None and (unknown := sorted(frozen & start.new.keys())):
+    group = group_of(abstract, config.generator.freeze)
+    if start is not None and (unknown := [name for name in start.new if group(name).is_frozen]):
         raise ConfigError(
             f"config.generator.freeze={','.join(config.generator.freeze)} would freeze what "
             f"config.generator.start_from={config.generator.start_from} does not give: "
@@ -108,7 +107,7 @@ def train_generator(session: Session) -> None:
         "generator",
         source,
         lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
-        group=lambda name: dataclasses.replace(abstract.group(name), is_frozen=name in frozen),
+        group=group,
         shown=_shown([level.name for level in abstract.levels]),
         grid=grid,
         overwrite=take_over,

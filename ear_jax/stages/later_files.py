@@ -7,7 +7,7 @@ from ear_jax.errors import DataError
 from ear_jax.folders import model_folder
 from ear_jax.stages.session import Session
 from ear_jax.stages.starting import comparable, starting_from
-from ear_jax.training.freezing import frozen_names, parameter_sizes
+from ear_jax.training.freezing import group_of
 
 
 def check_later_files(session: Session) -> None:
@@ -29,5 +29,4 @@ def check_later_files(session: Session) -> None:
             comparable(session.config, model_folder.read_document(model_folder.find(start))["config"])
     if session.config.generator.freeze:
         spec = build.abstract_tokenizer(session.config).spec
-        sizes = parameter_sizes(build.abstract_generator(session.config, spec, 1))
-        frozen_names(sizes, session.config.generator.freeze)
+        group_of(build.abstract_generator(session.config, spec, 1), session.config.generator.freeze)

@@ -1,14 +1,15 @@
 """Which parameters of a generator are frozen: those of a part of it, or those whose names begin in some way."""
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-
-from flax import nnx
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ear_jax.config.suggest import did_you_mean
 from ear_jax.errors import ConfigError
 from ear_jax.nn.functional import arrays_of
 from ear_jax.training.report import readable_count
+from ear_jax.types import Group
 
 PARTS = ("trunk", "embeddings", "head")
 """What every kind consists of: blocks with their norms and modulation, what goes into them, what draws from them."""
@@ -55,6 +56,12 @@ def frozen_names(sizes: Mapping[str, int], asked: Sequence[str]) -> frozenset[st
     return frozenset(frozen)
 
 
-def parameter_sizes(module: nnx.Module) -> dict[str, int]:
-    """Return the number of values of every parameter of a module (concrete or abstract) by name."""
-    return {name: math.prod(leaf.shape) for name, leaf in arrays_of(module)[0].items()}
+def group_of(generator: Any, asked: Sequence[str]) -> Callable[[str], Group]:
+    """Return the groups of a generator's parameters (shapes are enough) with those frozen that are asked for.
+
+    Raises:
+        ConfigError: see `frozen_names`.
+    """
+    parameters = arrays_of(generator)[0]
+    frozen = frozen_names({name: math.prod(leaf.shape) for name, leaf in parameters.items()}, asked)
+    return lambda name: dataclasses.replace(generator.group(name), is_frozen=name in frozen)

@@ -37,8 +37,15 @@ class TrainState(TypedDict):
     nonfinite_total: Any
 
 
-def create_state(params: Arrays, rest: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state at step 0; the averaged weights start as a copy of the parameters."""
+def create_state(
+    params: Arrays,
+    rest: Arrays,
+    optimizer: optax.GradientTransformation,
+    group: Callable[[str], Group] = usual_group,
+) -> TrainState:
+    """Return the state at step 0; the averaged weights start as a copy of the parameters that are trained."""
+    frozen = {name: leaf for name, leaf in params.items() if group(name).is_frozen}
+    params, rest = {name: leaf for name, leaf in params.items() if name not in frozen}, {**rest, **frozen}
     zero = jnp.zeros((), jnp.int32)
     return {
         "step": zero,
@@ -89,9 +96,7 @@ def plan_state(
     def state_of(parameters: Arrays, rest: Arrays) -> TrainState:
         if overwrite is not None:
             parameters, rest = overwrite(parameters, rest)
-        frozen = {name: leaf for name, leaf in parameters.items() if group(name).is_frozen}
-        trained = {name: leaf for name, leaf in parameters.items() if name not in frozen}
-        return create_state(trained, {**rest, **frozen}, optimizer)
+        return create_state(parameters, rest, optimizer, group)
 
     def fresh() -> TrainState:
         return state_of(*arrays_of(create(Keys(seed))))
