@@ -150,8 +150,16 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
         f"--workdir={run}",
     ]
     with quick_compilation():
-        for task in ("tokenizer", "latents", "generator"):
+        for task in ("tokenizer", "latents"):
             assert main([*recipe, f"--task={task}"]) == 0, capsys.readouterr().err
+        for wrong, why in (
+            ("embeddings", "does not give: backbone/class_embedding ("),
+            ("trunks", "no parameter is named 'trunks'. Known: trunk ("),
+        ):
+            other = [word.replace("freeze=trunk", f"freeze={wrong}") for word in recipe]
+            assert main([*other, "--task=generator"]) == 64
+            assert why in capsys.readouterr().err
+        assert main([*recipe, "--task=generator"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert (
         f"taken from {model}" in said
@@ -369,7 +377,7 @@ def test_a_continuous_pyramid_starts_from_the_trunk_of_discrete_scales(tmp_path:
     model = random_model(tmp_path / "var", var, NAMES)
     theirs, tokenizer = (load_file(model / f"{part}.safetensors") for part in ("generator", "tokenizer"))
     config = tiny.tiny_config(**SCALES, generator__pyramid__targets="residual")
-    tokenizer |= {"latent_mean": np.float32([1, 2, 3, 4]), "latent_std": np.float32([2, 1, 0.5, 3])}
+    tokenizer |= {"latent_mean": np.arange(1, 5, dtype=np.float32), "latent_std": np.arange(2, 6, dtype=np.float32)}
     start = generator_start(model, config, NAMES, tokenizer)
 
     rows = [0, *range(1, 5), *range(14, 30)]  # of scales 1, 2 and 4; that of side 3 is left out
