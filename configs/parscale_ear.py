@@ -13,10 +13,13 @@
 | imagenet256_d20 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1280 x 20 |
 | imagenet256_d24 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1536 x 24 |
 | imagenet256_d30 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1920 x 30 |
+| var_d16         | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1024 x 16 |
 | imagenet512     | 512    | 32x32x32 | 1 2 4 8 16 32 (2x2) | 6      | 1024 x 16 |
 
 The tokenizer is Lite-Hybrid's LiteVAE without its coarse branch. The backbone is VAR's. The larger recipes are this
-project's choice and have not been trained. `,tiny` after a variant reduces it so that it runs through on a CPU.
+project's choice and have not been trained. `var_d16` is `imagenet256_d16` with residual targets, whose inputs are the
+running sums that VAR's trunk knows: it is meant for `config.generator.start_from` of a converted var_d16
+(docs/howto/finetune.md). `,tiny` after a variant reduces it so that it runs through on a CPU.
 """
 
 from typing import Any
@@ -34,6 +37,7 @@ VARIANTS = (
     "imagenet256_d20",
     "imagenet256_d24",
     "imagenet256_d30",
+    "var_d16",
     "imagenet512",
 )
 
@@ -44,7 +48,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    size, _, depth = name.partition("_d")
+    size, _, depth = name.replace("var_", "imagenet256_").partition("_d")
     recipe = lite_hybrid.get_config(size).to_dict()
     recipe["name"] = f"parscale_ear_{name}"
     tokenizer, generator = recipe["tokenizer"], recipe["generator"]
@@ -58,6 +62,8 @@ def _recipe(name: str) -> dict[str, Any]:
     generator["backbone"] |= dict(name="continuous_next_scale", gate_init=1.0, dropout=0.0)
     generator["energy"] |= dict(temperature_scales="noise")
     generator["pyramid"] = dict(targets="absolute", context_noise=0.5, head="token")
+    if name.startswith("var_"):
+        generator["pyramid"] |= dict(targets="residual")
     recipe["sample"].pop("coarse_temperature", None)
     recipe["sample"] |= dict(guidance_schedule="constant")
     if size.startswith("imagenet"):

@@ -27,10 +27,11 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """How the optimiser treats a parameter: does weight decay act on it, does it learn at the head's rate."""
+    """How the optimiser treats a parameter: does weight decay act on it, has it the head's rate, is it frozen."""
 
     decays: bool
     is_head: bool = False
+    is_frozen: bool = False
 
 
 def usual_group(name: str, *undecayed: str) -> Group:

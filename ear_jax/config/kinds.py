@@ -6,7 +6,7 @@ jax, and must draw the levels that stand here.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ear_jax.config import derive, schema
@@ -45,6 +45,10 @@ class Kind:
         faults: configuration -> what this kind cannot do with it.
         options: keys of drawing that only some kinds read, and this one does.
         has_streams: whether several draws of its last level from one pass are a forecast whose spread can be judged.
+        trunk: keys of the backbone that decide what its weights mean; a start from another model needs the same.
+        starts_from: other kinds that have its trunk under the same names.
+        level_rows: arrays with rows for each level, by name: (configuration, level) -> how many.
+        inputs: the layer that embeds tokens of the levels; empty where they have one each.
     """
 
     levels: Callable[[Config], tuple[LevelSpec, ...]]
@@ -53,6 +57,10 @@ class Kind:
     faults: Callable[[Config], Iterable[Fault]] = no_faults
     options: tuple[str, ...] = ()
     has_streams: bool = False
+    trunk: tuple[str, ...] = ("width", "depth", "heads", "mlp_ratio")
+    starts_from: tuple[str, ...] = ()
+    level_rows: Mapping[str, Callable[[Config, LevelSpec], int]] = dataclasses.field(default_factory=dict)
+    inputs: str = ""
 
 
 def patched_levels(config: Config) -> tuple[LevelSpec, ...]:
@@ -159,13 +167,28 @@ def _dit_faults(config: Config) -> Iterator[Fault]:
 KINDS: dict[str, Kind] = schema.KINDS
 """By `config.generator.backbone.name`. The table lies in the schema, whose choices are its names."""
 
+# VAR's backbone, which both kinds over scales have.
+_SCALES: dict[str, Any] = dict(
+    trunk=("width", "depth", "heads", "mlp_ratio", "use_unit_attention", "use_shared_modulation"),
+    level_rows={"backbone/position": _tokens, "backbone/level_embedding": _one},
+    inputs="backbone/embed",
+)
+
 KINDS |= {
     "masked": Kind(patched_levels, _tokens, has_streams=True),
-    "mar": Kind(patched_levels, _tokens, faults=_needs_one_continuous_level, has_streams=True),
-    "next_scale": Kind(
-        derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p")
+    "mar": Kind(
+        patched_levels,
+        _tokens,
+        faults=_needs_one_continuous_level,
+        has_streams=True,
+        trunk=("width", "depth", "encoder_depth", "heads", "mlp_ratio"),
     ),
-    "continuous_next_scale": Kind(_pyramid_levels, _one, faults=_pyramid_faults),
+    "next_scale": Kind(
+        derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p"), **_SCALES
+    ),
+    "continuous_next_scale": Kind(
+        _pyramid_levels, _one, faults=_pyramid_faults, starts_from=("next_scale",), **_SCALES
+    ),
     "dit": Kind(
         patched_levels,
         _trained_steps,
@@ -184,6 +207,24 @@ def kind_of(config: Config) -> Kind:
 def levels(config: Config) -> tuple[LevelSpec, ...]:
     """Return the levels that the generator draws, in the order they are drawn."""
     return kind_of(config).levels(config)
+
+
+def start_fault(config: Config, other: Config) -> str:
+    """Return why a generator cannot start from one of another configuration, and what would fit; empty where it can."""
+    own, there = config.generator.backbone, other.generator.backbone
+    kind = kind_of(config)
+    if there.name not in (own.name, *kind.starts_from):
+        takes = [name for name, rules in KINDS.items() if there.name in (name, *rules.starts_from)]
+        return (
+            f"its generator is {there.name}; config.generator.backbone.name={own.name} starts from "
+            f"{' or '.join((own.name, *kind.starts_from))}. Use {' or '.join(takes)}, or start from another model."
+        )
+    differ = [name for name in kind.trunk if getattr(own, name) != getattr(there, name)]
+    if not differ:
+        return ""
+    theirs, ours = (", ".join(f"{name}={getattr(group, name)}" for name in differ) for group in (there, own))
+    fits = " ".join(f"--config.generator.backbone.{name}={getattr(there, name)}" for name in differ)
+    return f"its trunk has {theirs}, config.generator.backbone {ours}. Give {fits}, or start from a model of this size."
 
 
 def level_steps(config: Config, coarse_steps: int = 0, fine_steps: int = 0) -> tuple[int, ...]:

@@ -359,6 +359,9 @@ class GeneratorConfig:
     """Backbone, heads and what the generator learns at each level."""
 
     start_from: str = key("", "model folder or .safetensors that gives the first weights; empty = none")
+    freeze: tuple[str, ...] = key(
+        (), "what keeps the weights of start_from: trunk, embeddings, head, or names of arrays or what they begin with"
+    )
     backbone: BackboneConfig = group(BackboneConfig)
     continuous_head: str = key("energy", "head of continuous levels", choices=("energy", "diffusion"))
     energy: EnergyHeadConfig = group(EnergyHeadConfig)

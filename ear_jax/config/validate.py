@@ -206,6 +206,11 @@ def _generator(config: Config) -> Iterator[Fault]:
         return
     kind = kinds.kind_of(config)
     yield from kind.faults(config)
+    if generator.freeze and not generator.start_from:
+        yield fault(
+            f"config.generator.freeze={','.join(generator.freeze)} would freeze random weights; give "
+            "config.generator.start_from=MODEL, or leave it out."
+        )
     if diffusion.sample_steps > diffusion.train_steps:
         yield fault(
             f"config.generator.diffusion.sample_steps={diffusion.sample_steps} is more than "

@@ -23,6 +23,7 @@ from ear_jax.stages.measurable import check_metrics
 from ear_jax.stages.session import Session
 from ear_jax.stages.starting import Start
 from ear_jax.stages.tokenizer import held_out_batch
+from ear_jax.training.freezing import group_of
 from ear_jax.training.loop import ScoreHook, StageRun, train
 from ear_jax.training.step import TrainState
 from ear_jax.types import Batch
@@ -76,8 +77,17 @@ def train_generator(session: Session) -> None:
         expected = {name: it for name, it in signature(abstract).items() if name not in given}
         more = signature(build.abstract_generator(config, spec, classes + 1))
         per_class = [name for name, it in expected.items() if more[name] != it]
-        own = (source.class_names, tokenizer, per_class)
+        own = (source.class_names, tokenizer, per_class, config)
         start = Start.read("generator", config.generator.start_from, expected, *own)
+    group = group_of(abstract, config.generator.freeze)
+    if start is not None and (unknown := [name for name in start.new if group(name).is_frozen]):
+        raise ConfigError(
+            f"config.generator.freeze={','.join(config.generator.freeze)} would freeze what "
+            f"config.generator.start_from={config.generator.start_from} does not give: "
+            + "; ".join(f"{name} ({start.new[name]})" for name in unknown[:4])
+            + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            + ". Freeze less, or start from a model that has it."
+        )
     session.begin("generator", len(source))
     if session.is_first:
         record_tokens(workdir, source.digest)
@@ -97,7 +107,7 @@ def train_generator(session: Session) -> None:
         "generator",
         source,
         lambda rngs: build.build_generator(config, spec, classes, rngs=rngs),
-        group=abstract.group,
+        group=group,
         shown=_shown([level.name for level in abstract.levels]),
         grid=grid,
         overwrite=take_over,
@@ -159,6 +169,7 @@ def _training_facts(config: Config, source: LatentsSource, stage: StageRun) -> d
         "data": config.data.source,
         "images": len(source),
         "classes": len(source.class_names),
+        **({"frozen": ", ".join(config.generator.freeze)} if config.generator.freeze else {}),
         "updates": lengths.total_steps,
         "batch size": config.generator_training.batch_size,
         "weights": f"moving average, decay {config.generator_training.ema_decay:g}",

@@ -17,6 +17,7 @@ from ear_jax.inference import pipeline
 from ear_jax.inference.programs import Programs, traced
 from ear_jax.levels import Fields
 from ear_jax.nn.functional import functional
+from ear_jax.training.freezing import group_of
 from ear_jax.training.optim import make_optimizer, resolve
 from ear_jax.training.step import create_state, make_train_step
 from ear_jax.types import cached_batch
@@ -68,8 +69,9 @@ def compile_programs(config: Config) -> None:
     count, batch = config.bench.batch_size, cached_batch(tokenizer.spec.levels, config.bench.batch_size)
     ids = batch[Fields.LABEL]
     recipe = resolve(config.generator_training, StageLengths(1000, 0, 0))
-    optimizer = make_optimizer(recipe, generator.group)
-    state = jax.eval_shape(lambda p, r: create_state(p, r, optimizer), parameters, rest)
+    group = group_of(generator, config.generator.freeze)
+    optimizer = make_optimizer(recipe, group)
+    state = jax.eval_shape(lambda p, r: create_state(p, r, optimizer, group), parameters, rest)
     step = make_train_step(static, optimizer, recipe)
     sampling = traced(sampling_of(config))
     print_compile(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from ear_jax.inference.programs import Levels, Programs, traced
 from ear_jax.levels import Fields, LevelSpec, TokenizerSpec
 from ear_jax.nn.flops import count_equations, count_flops
 from ear_jax.nn.functional import Arrays, Keys, functional, merged_arrays
+from ear_jax.training.freezing import group_of
 from ear_jax.training.report import readable_count
-from ear_jax.types import cached_batch
+from ear_jax.types import Group, cached_batch, usual_group
 
 CLASSES_UNKNOWN = 1000
 GIB = 2**30
@@ -75,11 +77,14 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
     ids = {Fields.LABEL: label, Fields.INDEX: label}
     print("\nTraining")
     print(f"  {'':<10} {'GFLOP an image':>15} {'state':>11} {'activations an image':>21} {'batch':>7}")
-    for name, module, batch, training in (
-        ("tokenizer", objective, {Fields.IMAGE: images} | ids, config.tokenizer_training),
-        ("generator", generator, tokens, config.generator_training),
+    frozen = group_of(generator, config.generator.freeze)
+    for name, module, batch, training, group in (
+        ("tokenizer", objective, {Fields.IMAGE: images} | ids, config.tokenizer_training, usual_group),
+        ("generator", generator, tokens, config.generator_training, frozen),
     ):
-        flops, state, saved = _training_cost(module, batch)
+        flops, state, saved, held = _training_cost(module, batch, group)
+        if held:
+            print(f"  frozen: {readable_count(held)} parameters of the {name}, without moments and average")
         print(
             f"  {name:<10} {flops / 1e9:>15.2f} {state / GIB:>7.2f} GiB {saved / 2**20:>17.1f} MiB "
             f"{training.batch_size:>7}"
@@ -108,9 +113,14 @@ def _print_costs(config: Config, spec: TokenizerSpec, generator: Any, objective:
     print(f"  generator {generating / 1e9:.2f} GFLOP ({guided} guidance), decoder {decoding / 1e9:.2f} GFLOP")
 
 
-def _training_cost(module: nnx.Module, batch: dict[str, Any]) -> tuple[float, float, float]:
-    """Return FLOPs, bytes of the train state, and bytes the backward pass keeps, for a batch of one image."""
-    static, parameters, rest = functional(module)
+def _training_cost(
+    module: nnx.Module, batch: dict[str, Any], group: Callable[[str], Group]
+) -> tuple[float, float, float, int]:
+    """Return FLOPs, bytes of the train state and those the backward pass keeps of one image, and what is frozen."""
+    static, everything, rest = functional(module)
+    parameters = {name: leaf for name, leaf in everything.items() if not group(name).is_frozen}
+    frozen = {name: leaf for name, leaf in everything.items() if name not in parameters}
+    rest |= frozen
     key, step = jax.random.key(0), jnp.int32(1 << 30)
 
     def loss(parameters: Arrays, rest: Arrays, batch: dict[str, Any]) -> jax.Array:
@@ -123,4 +133,5 @@ def _training_cost(module: nnx.Module, batch: dict[str, Any]) -> tuple[float, fl
     traced, (pull, _) = jax.make_jaxpr(backward, return_shape=True)(parameters, rest, batch)
     weights = sum(math.prod(leaf.shape) * 4 for leaf in parameters.values())
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
-    return count_equations(traced), 4.0 * weights, max(0.0, kept - weights)
+    held = sum(math.prod(leaf.shape) for leaf in frozen.values())
+    return count_equations(traced), 4.0 * (weights + held), max(0.0, kept - weights - 4 * held), held

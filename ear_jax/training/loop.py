@@ -91,7 +91,7 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
     """
     check_batch_size(run.settings.batch_size, run.mesh, accumulation_steps=run.settings.accumulation_steps)
     optimizer = make_optimizer(run.recipe, run.group)
-    plan = plan_state(run.create, optimizer, run.mesh, seed=run.seed, overwrite=run.overwrite)
+    plan = plan_state(run.create, optimizer, run.mesh, seed=run.seed, overwrite=run.overwrite, group=run.group)
     total, is_first = run.recipe.lengths.total_steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -99,11 +99,13 @@ def train(run: StageRun) -> tuple[Functional, TrainState]:
         state, start, resume = _start_state(run, plan, store)
         if start >= total:
             return plan.static, state
+        frozen = {name: leaf for name, leaf in plan.shapes["rest"].items() if run.group(name).is_frozen}
         rate = loader_images_per_s(run.loader)
         report = start_report(
             config_name=f"{run.config_name} / {run.stage}",
             workdir=run.folder,
-            parameters=parameter_counts(plan.shapes["params"]),
+            parameters=parameter_counts({**plan.shapes["params"], **frozen}),
+            frozen=sum(parameter_counts(frozen).values()),
             resume=resume,
             loader_images_per_s=rate,
             enabled=is_first,

@@ -84,6 +84,7 @@ def start_report(
     workdir: Any,
     parameters: Mapping[str, int],
     resume: str,
+    frozen: int = 0,
     loader_images_per_s: float | None = None,
     say: Callable[[str], None] = print,
     enabled: bool = True,
@@ -95,6 +96,7 @@ def start_report(
         workdir: The run folder.
         parameters: Parameter count by module (`parameter_counts`).
         resume: What resume decided, in words: "fresh start", "resumed at step 400".
+        frozen: How many of them are never updated.
         loader_images_per_s: Measured rate of this process's loader, where it was measured.
         say: Where the lines go.
         enabled: False on every process but the first.
@@ -109,6 +111,7 @@ def start_report(
         "config": config_name,
         "workdir": str(workdir),
         "parameters": dict(parameters),
+        "frozen": frozen,
         "loader_images_per_s": loader_images_per_s,
         "resume": resume,
     }
@@ -138,6 +141,8 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         f"config      {facts['config']}",
         f"parameters  {readable_count(sum(counts.values()))} ({modules})",
     ]
+    if facts["frozen"]:
+        lines.append(f"frozen      {readable_count(facts['frozen'])} of {readable_count(sum(counts.values()))}")
     if facts["loader_images_per_s"] is not None:
         lines.append(f"loader      {facts['loader_images_per_s']:,.0f} img/s")
     return [*lines, f"resume      {facts['resume']}", f"workdir     {facts['workdir']}"]

@@ -15,15 +15,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ear_jax.distributed.mesh import state_shardings
-from ear_jax.nn.functional import Arrays, Functional, Keys, arrays_of, functional
+from ear_jax.nn.functional import Arrays, Functional, Keys, arrays_of, flatten, functional
 from ear_jax.training.optim import Recipe, learning_rate, train_temperature, weight_decay
-from ear_jax.types import Batch, Metrics
+from ear_jax.types import Batch, Group, Metrics, usual_group
 
 ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
 
 
 class TrainState(TypedDict):
-    """The whole state of a run; a dictionary, so that checkpoints and sharding rules see plain paths."""
+    """The whole state of a run; a dictionary, so that checkpoints and sharding rules see plain paths.
+
+    Frozen parameters are in `rest`, beside the arrays that a module changes itself: no moments, no average.
+    """
 
     step: Any
     params: Arrays
@@ -34,8 +37,15 @@ class TrainState(TypedDict):
     nonfinite_total: Any
 
 
-def create_state(params: Arrays, rest: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state at step 0; the averaged weights start as a copy of the parameters."""
+def create_state(
+    params: Arrays,
+    rest: Arrays,
+    optimizer: optax.GradientTransformation,
+    group: Callable[[str], Group] = usual_group,
+) -> TrainState:
+    """Return the state at step 0; the averaged weights start as a copy of the parameters that are trained."""
+    frozen = {name: leaf for name, leaf in params.items() if group(name).is_frozen}
+    params, rest = {name: leaf for name, leaf in params.items() if name not in frozen}, {**rest, **frozen}
     zero = jnp.zeros((), jnp.int32)
     return {
         "step": zero,
@@ -74,17 +84,19 @@ def plan_state(
     *,
     seed: int,
     overwrite: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None = None,
+    group: Callable[[str], Group] = usual_group,
 ) -> StatePlan:
     """Trace the module without memory, choose shardings, and return a compiled way to make the state at step 0.
 
-    `overwrite` may replace arrays of the fresh state, for example by those of an earlier stage.
+    `overwrite` may replace arrays of the fresh state, for example by those of an earlier stage; `group` says which
+    parameters are frozen.
     """
     static, parameters, rest = functional(nnx.eval_shape(lambda: create(Keys(0))))
 
     def state_of(parameters: Arrays, rest: Arrays) -> TrainState:
         if overwrite is not None:
             parameters, rest = overwrite(parameters, rest)
-        return create_state(parameters, rest, optimizer)
+        return create_state(parameters, rest, optimizer, group)
 
     def fresh() -> TrainState:
         return state_of(*arrays_of(create(Keys(seed))))
@@ -122,7 +134,7 @@ def make_train_step(
     or gradient leaves parameters, optimiser, averages and running statistics as they were; the step still counts, so
     data and schedules move on.
     """
-    schedule = learning_rate(recipe)
+    schedule, changing = learning_rate(recipe), flatten(static.rest).keys()
 
     def loss_of(params: Arrays, rest: Arrays, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         module = static.merge(params, rest)
@@ -132,6 +144,7 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics, Arrays, Arrays]:
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        frozen = {name: leaf for name, leaf in state["rest"].items() if name not in changing}
         if accumulation_steps == 1:
             first = jax.random.fold_in(rng, 0)
             (loss, (metrics, rest)), grads = differentiate(state["params"], state["rest"], batch, first, state["step"])
@@ -144,12 +157,15 @@ def make_train_step(
             summed, rest = carry
             number, micro = inputs
             rng_i = jax.random.fold_in(rng, number)
-            (loss, (metrics, rest)), grads = differentiate(state["params"], rest, micro, rng_i, state["step"])
+            (loss, (metrics, rest)), grads = differentiate(
+                state["params"], {**frozen, **rest}, micro, rng_i, state["step"]
+            )
             return (jax.tree.map(jnp.add, summed, grads), rest), (loss, metrics)
 
         zeros = jax.tree.map(jnp.zeros_like, state["params"])
         inputs = (jnp.arange(accumulation_steps), jax.tree.map(split, dict(batch)))
-        (summed, rest), (losses, metrics) = jax.lax.scan(body, (zeros, state["rest"]), inputs)
+        first_rest = {name: leaf for name, leaf in state["rest"].items() if name in changing}
+        (summed, rest), (losses, metrics) = jax.lax.scan(body, (zeros, first_rest), inputs)
         mean = lambda tree: jax.tree.map(lambda leaf: leaf.mean(0), tree)  # noqa: E731
         return losses.mean(), mean(metrics), rest, jax.tree.map(lambda leaf: leaf / accumulation_steps, summed)
 
@@ -175,7 +191,7 @@ def make_train_step(
             "params": accept(params, state["params"]),
             "ema": accept(ema, state["ema"]),
             "opt_state": accept(opt_state, state["opt_state"]),
-            "rest": accept(rest, state["rest"]),
+            "rest": {**state["rest"], **accept(rest, {name: state["rest"][name] for name in rest})},
             "nonfinite_in_a_row": (state["nonfinite_in_a_row"] + skipped) * skipped,
             "nonfinite_total": state["nonfinite_total"] + skipped,
         }

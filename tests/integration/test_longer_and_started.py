@@ -37,6 +37,8 @@ from ear_jax.stages import session, tokenizer
 from ear_jax.stages.starting import Start
 from ear_jax.tasks import stages
 from ear_jax.training import ledger, loop, optim
+from ear_jax.training.freezing import part_of
+from ear_jax.training.report import readable_count
 from ear_jax.training.step import StatePlan
 
 RECIPE = (
@@ -139,6 +141,7 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
         f"--config.data.source=folder:{photographs(tmp_path / 'photographs')}",
         f"--config.tokenizer.source={model}",
         f"--config.generator.start_from={model}",
+        "--config.generator.freeze=trunk",
         "--config.generator_training.steps=2",
         "--config.generator_training.learning_rate=1e-6",
         "--config.generator_training.final_phase_steps=0",
@@ -147,8 +150,16 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
         f"--workdir={run}",
     ]
     with quick_compilation():
-        for task in ("tokenizer", "latents", "generator"):
+        for task in ("tokenizer", "latents"):
             assert main([*recipe, f"--task={task}"]) == 0, capsys.readouterr().err
+        for wrong, why in (
+            ("embeddings", "does not give: backbone/class_embedding ("),
+            ("trunks", "no parameter is named 'trunks'. Known: trunk ("),
+        ):
+            other = [word.replace("freeze=trunk", f"freeze={wrong}") for word in recipe]
+            assert main([*other, "--task=generator"]) == 64
+            assert why in capsys.readouterr().err
+        assert main([*recipe, "--task=generator"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert (
         f"taken from {model}" in said
@@ -162,6 +173,10 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
         np.testing.assert_allclose(after[name], before[name], atol=1e-4, err_msg=name)
     for name in record["new"]:
         assert after[name].shape != before[name].shape
+    frozen = {name for name in after if part_of(name) == "trunk"}
+    assert all(np.array_equal(after[name], before[name]) for name in frozen)
+    assert not np.array_equal(after["heads/0/logits/bias"], before["heads/0/logits/bias"])
+    assert f"frozen      {readable_count(sum(after[name].size for name in frozen))} of " in said
     assert [row["event"] for row in ledger.read(run / "ledger.jsonl")].count("start_from") == 1
 
     shutil.rmtree(model)  # and a cut in mid-training, after the first update
@@ -179,11 +194,12 @@ def test_a_model_is_fine_tuned_on_a_folder_of_other_classes_and_resuming_does_no
     assert f"delete {run / 'generator'} to start this stage again" in error
 
 
-def generator_start(path: Path, config: Config, names: Sequence[str]) -> Start:
+def generator_start(path: Path, config: Config, names: Sequence[str], tokenizer: Any = None) -> Start:
     """Return what a generator of a configuration, with these classes, starts with from a model."""
     spec = build.abstract_tokenizer(config).spec
     own, more = (signature(build.abstract_generator(config, spec, len(names) + extra)) for extra in (0, 1))
-    return Start.read("generator", str(path), own, names, per_class=[name for name in own if own[name] != more[name]])
+    per_class = [name for name in own if own[name] != more[name]]
+    return Start.read("generator", str(path), own, names, tokenizer, per_class, config)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +285,8 @@ def test_a_scale_by_scale_trunk_keeps_its_weights_under_a_new_head(next_scale: P
     left = [name for name in sorted(other_head) if name.startswith("another/")]
     assert start.left == tuple(left) and {*start.new.values()} == {"not in the other model"}
     assert f"left there: {len(left)} arrays ({', '.join(left)})" in start.lines()
-    assert start.notes == ("it names no classes: each class starts as the one of its number there",)
+    assert start.notes[0] == "it names no classes: each class starts as the one of its number there"
+    assert "it names no sizes: heads and scales are not compared" in start.notes[1] and len(start.notes) == 2
 
 
 def test_a_tokenizer_starts_from_a_model_and_from_a_file_of_one(masked: Path, tmp_path: Path, capsys) -> None:
@@ -350,3 +367,78 @@ def test_a_longer_run_goes_on_exactly_or_says_why_not(changes: dict[str, Any], w
         assert "stretched" in session.longer_training("generator", old, stretched, 40)[2]
     with pytest.raises(ConfigError, match="as many or more"):
         session.longer_training("generator", new, old, 40)
+
+
+SCALES: dict[str, Any] = dict(tokenizer__name="lite_vae", generator__backbone__name="continuous_next_scale")
+
+
+def test_a_continuous_pyramid_starts_from_the_trunk_of_discrete_scales(tmp_path: Path) -> None:
+    var = tiny.tiny_config(**VAR, tokenizer__vqvae__scales=(1, 2, 3, 4))
+    model = random_model(tmp_path / "var", var, NAMES)
+    theirs, tokenizer = (load_file(model / f"{part}.safetensors") for part in ("generator", "tokenizer"))
+    config = tiny.tiny_config(**SCALES, generator__pyramid__targets="residual")
+    tokenizer |= {"latent_mean": np.arange(1, 5, dtype=np.float32), "latent_std": np.arange(2, 6, dtype=np.float32)}
+    start = generator_start(model, config, NAMES, tokenizer)
+
+    rows = [0, *range(1, 5), *range(14, 30)]  # of scales 1, 2 and 4; that of side 3 is left out
+    assert np.array_equal(start.taken["backbone/position"], theirs["backbone/position"][rows])
+    assert np.array_equal(start.taken["backbone/level_embedding"], theirs["backbone/level_embedding"][[0, 1, 3]])
+    assert "21 rows of 30, grids 1, 2, 4 of its 1, 2, 3, 4" in start.adapted["backbone/position"]
+    tokens = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    seen = np.concatenate([tokens, np.ones((5, 1), np.float32)], 1)  # with how much is left of a noisy scale
+    ours, raw = start.taken, tokens * tokenizer["latent_std"] + tokenizer["latent_mean"]
+    embedded = raw @ theirs["backbone/embed/kernel"] + theirs["backbone/embed/bias"]
+    assert np.allclose(seen @ ours["backbone/embed/kernel"] + ours["backbone/embed/bias"], embedded, atol=1e-4)
+
+    trunk = [name for name in theirs if "/blocks/" in name or "modulation" in name or "class" in name]
+    assert all(np.array_equal(start.taken[name], theirs[name]) for name in [*trunk, "backbone/start_position"])
+    assert all(name.startswith(("heads/", "scale_")) for name in start.new) and "scale_mean" in start.new
+    assert all(name.startswith(("head/", "quantiser/")) for name in start.left) and not start.notes
+    assert "adapted: backbone/position (21 rows of 30" in "\n".join(start.lines())
+
+    other = {**tokenizer, **{name: array + 1 for name, array in tokenizer.items() if name.startswith("encoder/")}}
+    start = generator_start(model, config, NAMES, other)
+    assert start.new["backbone/embed/kernel"] == "its latents are not those of this run's tokenizer"
+    absolute = dataclasses.replace(
+        config,
+        generator=dataclasses.replace(
+            config.generator, pyramid=dataclasses.replace(config.generator.pyramid, targets="absolute", scales=(1, 4))
+        ),
+    )
+    assert "unit scale" in generator_start(model, absolute, NAMES, tokenizer).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(generator__backbone__width=32), "width=16, config.generator.backbone width=32. Give --config.generator"),
+        (dict(generator__backbone__heads=4), "its trunk has heads=2, config.generator.backbone heads=4"),
+        (dict(generator__backbone__depth=3), "--config.generator.backbone.depth=2, or start from a model of this size"),
+        (
+            dict(generator__backbone__name="masked"),
+            "its generator is next_scale; config.generator.backbone.name=masked starts from masked. Use next_scale or "
+            "continuous_next_scale, or",
+        ),
+    ],
+)
+def test_a_trunk_of_another_size_or_kind_is_refused_with_what_would_fit(
+    next_scale: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        generator_start(next_scale, tiny.tiny_config(**{**SCALES, **changes}), NAMES)
+    assert f"config.generator.start_from={next_scale}: its " in str(caught.value) and said in str(caught.value)
+
+
+MAR: dict[str, Any] = dict(tokenizer__name="kl_vae", generator__backbone__name="mar")
+
+
+def test_mars_trunk_takes_an_energy_head_and_nothing_of_its_diffusion_head(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "mar", tiny.tiny_config(**MAR, generator__continuous_head="diffusion"), NAMES)
+    theirs = load_file(model / "generator.safetensors")
+    config = tiny.tiny_config(**MAR)
+    assert config.generator.continuous_head == "energy"
+    start = generator_start(model, config, NAMES)
+    assert {name for name in theirs if name.startswith("backbone/")} == start.taken.keys()
+    assert all(np.array_equal(array, theirs[name]) for name, array in start.taken.items())
+    assert start.new.keys() and all(name.startswith("heads/0/") for name in start.new)
+    assert start.new["heads/0/output/bias"] == "of the energy head; a diffusion head there"

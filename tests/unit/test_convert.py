@@ -22,6 +22,7 @@ from ear_jax.folders import model_folder
 from ear_jax.inference import pipeline
 from ear_jax.main import main
 from ear_jax.nn.functional import functional
+from ear_jax.stages.starting import Start
 from ear_jax.weights import safetensors_file
 from ear_jax.weights.apply import ours_of, theirs_of
 from ear_jax.weights.entries import Entry, constant, kernel, linear, matrix, reshaped, same, stacked
@@ -156,6 +157,33 @@ def test_a_family_in_and_back_changes_no_bit(tmp_path, capsys, family):
     assert main(back) == 0, capsys.readouterr().err
     _same(read_tensors(tmp_path / "back/generator.torch.safetensors"), weights.generator)
     _same(read_tensors(tmp_path / "back/tokenizer.torch.safetensors"), weights.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "generator"),
+    [
+        ("var", dict(backbone=dict(_TRUNK, name="continuous_next_scale"))),
+        ("mar", dict(FAMILIES["mar"]["generator"], continuous_head="energy", energy=dict(width=16, depth=2))),
+    ],
+)
+def test_published_weights_start_a_generator_with_an_energy_head(tmp_path, capsys, family, generator):
+    weights = published(family)
+    save(tmp_path / "model.pth", weights.generator)
+    save(tmp_path / "tokenizer.pth", weights.tokenizer)
+    files = f"checkpoint={tmp_path / 'model.pth'}", f"tokenizer={tmp_path / 'tokenizer.pth'}"
+    assert _convert(tmp_path, family, *files) == 0, capsys.readouterr().err
+    tokenizer = (
+        FAMILIES["mar"]["tokenizer"]
+        if family == "mar"
+        else dict(name="lite_vae", vae=dict(wavelet_levels=2, decoder_multipliers=(1, 2, 2)))
+    )
+    config = _resolved(dict(data=dict(image_px=16), tokenizer=tokenizer, generator=generator))
+    expected = _shapes(build.abstract_generator(config, build.abstract_tokenizer(config).spec, CLASSES))
+    start = Start.read("generator", str(tmp_path / "out"), expected, config=config)
+    converted = model_folder.read(tmp_path / "out").tensors["generator"]
+    trunk = {name for name in expected if name.startswith("backbone/") and "/embed/" not in name}
+    assert trunk <= start.taken.keys() and not [name for name in start.taken if name.startswith("heads/")]
+    assert all(np.array_equal(start.taken[name], converted[name]) for name in trunk)
 
 
 @pytest.mark.parametrize("family", ["ear", "hart"])

@@ -70,6 +70,30 @@ class Toy(nnx.Module):
         return value, {"tau": controls["train_temperature"], "noise": jax.random.uniform(rng)}
 
 
+def frozen_trunk(name: str) -> Group:
+    return dataclasses.replace(Toy.group(name), is_frozen=name.startswith("trunk/"))
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_frozen_parameters_have_no_gradient_no_moments_and_no_average(accumulation_steps: int) -> None:
+    static, parameters, rest = functional(Toy())
+    recipe = dataclasses.replace(RECIPE, weight_decay=0.5)
+    optimizer = make_optimizer(recipe, frozen_trunk)
+    state = create_state(parameters, rest, optimizer, frozen_trunk)
+    assert state["params"].keys() == state["ema"].keys() == {"heads/0/kernel", "heads/0/bias"}
+    assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state["opt_state"]) if "trunk" in str(path)]
+    step = make_train_step(static, optimizer, recipe, accumulation_steps=accumulation_steps)
+    new, metrics = step(state, batch_of(), ROOT)
+    for name, leaf in parameters.items():
+        if name.startswith("trunk/"):
+            assert np.array_equal(new["rest"][name], leaf)
+        else:
+            assert not np.array_equal(new["params"][name], leaf)
+    assert int(new["rest"]["passes"]) == accumulation_steps and float(metrics["grad_norm"]) > 0
+    skipped, _ = step(state, batch_of(poison=np.nan), ROOT)
+    assert int(skipped["rest"]["passes"]) == 0 and np.array_equal(skipped["rest"]["trunk/bias"], np.ones(4))
+
+
 def batch_of(rows: int = 8, **poison: Any) -> dict[str, jax.Array]:
     x = jax.random.normal(jax.random.key(1), (rows, 3))
     batch = {"x": x, "poison": jnp.zeros(rows), "scale": jnp.ones(rows)}
