@@ -1,6 +1,7 @@
 """Lite-Hybrid's coarse ids as the first scales of a pyramid: their codes at unit scale, and a softmax head for each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,5 +42,5 @@ class CoarseScales(nnx.Module):
 
 def coarse_heads(count: int, width: int, codes: int, label_smoothing: float, rngs: nnx.Rngs) -> nnx.List:
     """Return a softmax head for each grid."""
-    sizes = dict(width=width, vocabulary=codes, label_smoothing=label_smoothing)
+    sizes: dict[str, Any] = dict(width=width, vocabulary=codes, label_smoothing=label_smoothing)
     return nnx.List([SoftmaxHead(**sizes, rngs=rngs) for _ in range(count)])

@@ -183,10 +183,14 @@ class ContinuousNextScaleGenerator(nnx.Module):
         """Draw level k: guidance mixes hidden states before an energy head, and logits, then filtered, of a softmax."""
         head = self._head(k)
         if k >= self.first:
-            mixed = hidden if scale is None else guidance.mix(*jnp.split(hidden, 2), scale)
+            mixed = (
+                hidden if scale is None else guidance.mix(hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :], scale)
+            )
             return head.sample(head.predict(mixed), keys_B, sampling.temperature)
         logits = head.predict(hidden)
-        logits = logits if scale is None else guidance.mix(*jnp.split(logits, 2), scale)
+        logits = (
+            logits if scale is None else guidance.mix(logits[: len(logits) // 2], logits[len(logits) // 2 :], scale)
+        )
         allowed = guidance.filter_logits(logits, top_k=sampling.top_k, top_p=sampling.top_p)
         return head.sample(allowed, keys_B, sampling.coarse_temperature)
 
