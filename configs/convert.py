@@ -13,6 +13,7 @@
 | kl16                                    | configs/ear.py | KL-16, a tokenizer alone |
 | sd_vae                                  | configs/dit.py | Stable Diffusion's KL-f8 |
 | var_vqvae                               | configs/var.py | VAR's VQVAE              |
+| var_latent                              | configs/var.py | the same without codes   |
 | hart                                    | configs/var.py | HART's hybrid tokenizer  |
 
 Which files these are is in docs/howto/weights.md. The keys of the conversion itself are listed by --help=convert.
@@ -33,6 +34,11 @@ _TOKENIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kl16": ("ear", "b", {}),
     "sd_vae": ("dit", "xl2", {}),
     "var_vqvae": ("var", "d16", {}),
+    "var_latent": (
+        "var",
+        "d16",
+        dict(tokenizer=dict(vqvae=dict(use_codebook=False)), generator=dict(backbone=dict(name="masked"))),
+    ),
     "hart": ("var", "d16", dict(tokenizer=dict(name="hart"), generator=dict(backbone=dict(name="masked")))),
 }
 

@@ -29,7 +29,7 @@ from ear_jax.tokenizers.kl_vae import KLVAE
 from ear_jax.tokenizers.lite_hybrid import LiteHybrid
 from ear_jax.tokenizers.lite_vae import LiteVAE
 from ear_jax.tokenizers.objective import TokenizerObjective
-from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
+from ear_jax.tokenizers.vqvae import VQVAE, ContinuousVQVAE, HartTokenizer
 from ear_jax.types import LevelSpec, TokenizerSpec
 
 
@@ -113,8 +113,12 @@ def _kl_vae(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> KLVAE:
     return KLVAE(image_px=config.data.image_px, **_keys(config.tokenizer.kl_vae), dtype=dtype, rngs=rngs)
 
 
-def _vqvae(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> VQVAE:
-    return VQVAE(**_vqvae_keys(config), dtype=dtype, rngs=rngs)
+def _vqvae(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> VQVAE | ContinuousVQVAE:
+    own = config.tokenizer.vqvae
+    if own.use_codebook:
+        return VQVAE(**_vqvae_keys(config), dtype=dtype, rngs=rngs)
+    sizes = _named(own, "channels", "multipliers", "blocks", "latent_channels")
+    return ContinuousVQVAE(image_px=config.data.image_px, **sizes, dtype=dtype, rngs=rngs)
 
 
 def _hart(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> HartTokenizer:
@@ -122,7 +126,7 @@ def _hart(config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> HartTokenizer:
 
 
 def _vqvae_keys(config: Config) -> dict[str, Any]:
-    own = _keys(config.tokenizer.vqvae)
+    own = {name: value for name, value in _keys(config.tokenizer.vqvae).items() if name != "use_codebook"}
     return dict(image_px=config.data.image_px, **own, commitment_weight=config.tokenizer.loss.commitment)
 
 

@@ -61,14 +61,20 @@ def has_coarse(config: Config) -> bool:
     return config.tokenizer.name == "lite_hybrid"
 
 
+def has_scales(config: Config) -> bool:
+    """Tell whether the tokenizer is a pyramid of scales of ids, with or without a continuous level after them."""
+    name = config.tokenizer.name
+    return name == "hart" or (name == "vqvae" and config.tokenizer.vqvae.use_codebook)
+
+
 def has_continuous(config: Config) -> bool:
     """Tell whether the last level is continuous."""
-    return config.tokenizer.name != "vqvae"
+    return config.tokenizer.name == "hart" or not has_scales(config)
 
 
 def coarse_grids(config: Config) -> tuple[int, ...]:
     """Return the sides of the discrete levels, coarsest first; empty without any."""
-    if config.tokenizer.name in ("vqvae", "hart"):
+    if has_scales(config):
         return config.tokenizer.vqvae.scales
     return config.tokenizer.coarse.grids if has_coarse(config) else ()
 

@@ -43,7 +43,7 @@ class Kind:
         most_steps: (configuration, level) -> the largest sensible number of passes for a level.
         steps_of: what those steps are counted in, for messages.
         faults: configuration -> what this kind cannot do with it.
-        options: keys of drawing that only some kinds read, and this one does.
+        options: keys of drawing that only some kinds read, and this one does where its levels have a use for them.
         has_streams: whether several draws of its last level from one pass are a forecast whose spread can be judged.
         trunk: keys of the backbone that decide what its weights mean; a start from another model needs the same.
         starts_from: other kinds that have its trunk under the same names.
@@ -91,11 +91,11 @@ def _trained_steps(config: Config, level: LevelSpec) -> int:
 
 
 def _needs_one_continuous_level(config: Config) -> Iterator[Fault]:
-    backbone, tokenizer = config.generator.backbone.name, config.tokenizer.name
-    if tokenizer not in ("lite_vae", "kl_vae"):
+    if [level.kind for level in derive.tokenizer_levels(config)] != ["continuous"]:
         yield fault(
-            f"config.generator.backbone.name={backbone} models one continuous level; config.tokenizer.name={tokenizer} "
-            "has others; use kl_vae or lite_vae."
+            f"config.generator.backbone.name={config.generator.backbone.name} models one continuous level; "
+            f"config.tokenizer.name={config.tokenizer.name} has others; use kl_vae, lite_vae, or vqvae with "
+            "config.tokenizer.vqvae.use_codebook=False."
         )
 
 
@@ -105,38 +105,84 @@ def _next_scale_faults(config: Config) -> Iterator[Fault]:
             "config.generator.backbone.name=next_scale draws the scales of config.tokenizer.name=vqvae, "
             f"not {config.tokenizer.name}."
         )
+    elif not derive.has_scales(config):
+        yield fault(
+            "config.generator.backbone.name=next_scale draws scales of codes, and "
+            "config.tokenizer.vqvae.use_codebook=False has none; use True, or continuous_next_scale for its latent."
+        )
 
 
 def pyramid_scales(config: Config) -> tuple[int, ...]:
-    """Return the sides of a continuous pyramid in latent pixels, coarsest first: doubling ones where none are named."""
-    named, side = config.generator.pyramid.scales, derive.latent_grid(config)
-    return named or tuple(side >> k for k in reversed(range(side.bit_length())) if side % (1 << k) == 0)
+    """Return the sides of a continuous pyramid in latent pixels, coarsest first.
+
+    Where none are named they are doubling ones, from the coarse ids' side on if these are drawn first.
+    """
+    return config.generator.pyramid.scales or _doubling_scales(config)
+
+
+def _doubling_scales(config: Config) -> tuple[int, ...]:
+    side, least = derive.latent_grid(config), _first_side(config)
+    doubling = (side >> k for k in reversed(range(side.bit_length())) if side % (1 << k) == 0)
+    return tuple(scale for scale in doubling if scale >= least) or (side,)
+
+
+def pyramid_first(config: Config) -> tuple[LevelSpec, ...]:
+    """Return the levels of ids that are drawn in front of a continuous pyramid."""
+    is_first = config.generator.pyramid.first_scale == "coarse" and derive.has_coarse(config)
+    return derive.tokenizer_levels(config)[:-1] if is_first else ()
+
+
+def _first_side(config: Config) -> int:
+    return max((level.grid for level in pyramid_first(config)), default=1)
 
 
 def _pyramid_levels(config: Config) -> tuple[LevelSpec, ...]:
     *coarser, last = pyramid_scales(config)
     channels, patch_size = derive.latent_channels(config), config.generator.patch_size
     return (
+        *pyramid_first(config),
         *(LevelSpec(f"scale_{side}", side, "continuous", channels) for side in coarser),
         *patched([LevelSpec(f"scale_{last}", last, "continuous", channels)], patch_size),
     )
 
 
 def _pyramid_faults(config: Config) -> Iterator[Fault]:
-    yield from _needs_one_continuous_level(config)
-    scales, side = pyramid_scales(config), derive.latent_grid(config)
     own = config.generator.pyramid
-    if list(scales) != sorted(set(scales)) or scales[0] < 1 or scales[-1] != side:
+    if not derive.has_coarse(config):
+        yield from _needs_one_continuous_level(config)
+        if own.first_scale == "coarse":
+            yield fault(
+                "config.generator.pyramid.first_scale=coarse draws the coarse ids of lite_hybrid, and "
+                f"config.tokenizer.name={config.tokenizer.name} has none; use lite_hybrid, or first_scale=continuous."
+            )
+    elif own.first_scale != "coarse":
         yield fault(
-            f"config.generator.pyramid.scales={','.join(map(str, scales))} must increase and end at {side}, the side "
-            "of the latent grid; leave it empty for doubling ones."
+            f"config.generator.backbone.name={config.generator.backbone.name} models one continuous level, and "
+            "config.tokenizer.name=lite_hybrid has coarse ids in front of it; draw them first with "
+            "config.generator.pyramid.first_scale=coarse, or use lite_vae."
+        )
+        return
+    scales, side, least = pyramid_scales(config), derive.latent_grid(config), _first_side(config)
+    if list(scales) != sorted(set(scales)) or scales[0] < least or scales[-1] != side:
+        start = f"start at {least} or more, the side of the coarse ids, " if pyramid_first(config) else ""
+        yield fault(
+            f"config.generator.pyramid.scales={','.join(map(str, scales))} must {start}increase and end at {side}, the "
+            f"side of the latent grid ({config.data.image_px} px / {derive.downsampling(config)}); leave it empty for "
+            f"{','.join(map(str, _doubling_scales(config)))}.",
+            "data.image_px",
+            derive.downsampling_path(config),
+            "tokenizer.coarse.grids",
         )
         return
     tokens = side // config.generator.patch_size
     if own.head == "joint" and (not own.windows or min(own.windows) < 0 or max(own.windows) > tokens):
+        fitting = [window for window in own.windows if 0 <= window <= tokens] or [tokens]
         yield fault(
             f"config.generator.pyramid.windows={','.join(map(str, own.windows))} must be sides of at most {tokens} "
-            "tokens, the last scale's; 0 is the whole of each scale."
+            f"tokens, the last scale's, or 0 for the whole of each; use {','.join(map(str, fitting))}.",
+            "generator.patch_size",
+            "data.image_px",
+            derive.downsampling_path(config),
         )
     if own.head == "joint" and config.generator.energy.width % own.attention_heads:
         yield fault(
@@ -187,7 +233,12 @@ KINDS |= {
         derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p"), **_SCALES
     ),
     "continuous_next_scale": Kind(
-        _pyramid_levels, _one, faults=_pyramid_faults, starts_from=("next_scale",), **_SCALES
+        _pyramid_levels,
+        _one,
+        faults=_pyramid_faults,
+        options=("sample.top_k", "sample.top_p"),
+        starts_from=("next_scale",),
+        **_SCALES,
     ),
     "dit": Kind(
         patched_levels,

@@ -163,7 +163,7 @@ class TokenizerLossConfig:
     l2: float = key(0.0, "mean squared error", low=0.0)
     wavelet: float = key(0.1, "Charbonnier on the high-frequency Haar bands", low=0.0)
     gaussian: float = key(0.1, "L1 on the Gaussian high-pass", low=0.0)
-    kl: float = key(1e-6, "KL of the posterior to the unit normal, per latent element", low=0.0)
+    kl: float = key(1e-6, "KL of the posterior to the unit normal, per latent element; none in vqvae, hart", low=0.0)
     commitment: float = key(0.25, "pull of the encoder towards its codes", low=0.0)
     lpips: float = key(0.0, "LPIPS distance; needs vgg_weights", low=0.0)
     vgg_weights: str = key("", "file with the VGG16 and LPIPS weights (safetensors)")
@@ -201,6 +201,9 @@ class VQVAEConfig:
     residual_convolutions: int = key(4, "convolutions shared by the scales; 0 = one of its own for each", low=0)
     residual_ratio: float = key(0.5, "weight of the convolution in each scale's residual map", low=0.0, high=1.0)
     use_cosine: bool = key(False, "choose codes by cosine instead of distance")
+    use_codebook: bool = key(
+        True, "false: no codes and no scales; the encoder's output is one continuous level (vqvae, not hart)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +291,12 @@ class PyramidConfig:
     """The pyramid of continuous scales that a continuous_next_scale generator draws, one pass a scale."""
 
     scales: tuple[int, ...] = key(
-        (), "sides of the scales in latent pixels, coarsest first; empty = 1, 2, 4 … the grid"
+        (), "sides of the scales in latent pixels, coarsest first; empty = 1, 2, 4 … the grid (from coarse ids on)"
+    )
+    first_scale: str = key(
+        "continuous",
+        "what is drawn first: the coarsest continuous scale, or the coarse ids of lite_hybrid in front of it",
+        choices=("continuous", "coarse"),
     )
     targets: str = key(
         "absolute",
@@ -441,9 +449,9 @@ class SampleConfig:
     guidance_schedule: str = key("linear", "how guidance grows over a level's steps", choices=("constant", "linear"))
     temperature: float = key(1.0, "tau_infer of the energy head; see generator.energy.temperature_scales", low=0.0)
     coarse_temperature: float = key(1.0, "softmax temperature of discrete levels", low=0.0)
-    top_k: int = key(0, "next_scale: draw among the k most likely codes; 0 = all", low=0)
+    top_k: int = key(0, "scales of codes: draw among the k most likely; 0 = all", low=0)
     top_p: float = key(
-        0.0, "next_scale: draw among the most likely codes that hold this probability; 0 = all", low=0.0, high=1.0
+        0.0, "scales of codes: draw among the most likely that hold this probability; 0 = all", low=0.0, high=1.0
     )
     format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"), read_by=("sample",))
 

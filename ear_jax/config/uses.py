@@ -147,12 +147,13 @@ def _without_effect(model: Config, guidance_scale: float) -> dict[str, str]:
         found["sample.guidance_schedule"] = "guidance_scale=1 is no guidance"
     if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):
         found["generator.diffusion.sample_steps"] = "only a diffusion head reads it"
-    for what, steps, temperature in (
-        ("discrete", ("generator.coarse.steps", "sample.coarse_steps"), "sample.coarse_temperature"),
-        ("continuous", ("generator.fine.steps", "sample.fine_steps"), "sample.temperature"),
+    of_ids = ("sample.coarse_temperature", "sample.top_k", "sample.top_p")
+    for what, steps, options in (
+        ("discrete", ("generator.coarse.steps", "sample.coarse_steps"), of_ids),
+        ("continuous", ("generator.fine.steps", "sample.fine_steps"), ("sample.temperature",)),
     ):
         if what not in drawn:
-            found |= dict.fromkeys((*steps, temperature), f"it draws no {what} level")
+            found = dict.fromkeys((*steps, *options), f"it draws no {what} level") | found
         elif max(kind.most_steps(model, level) for level in levels(model) if level.kind == what) == 1:
             found |= dict.fromkeys(steps, "each of its levels takes one pass")
     return found

@@ -120,7 +120,12 @@ def _lite(config: Config) -> Iterator[Fault]:
 def _published(config: Config) -> Iterator[Fault]:
     tokenizer = config.tokenizer
     yield from _multipliers(derive.downsampling_path(config), derive.published(config).multipliers)
-    if tokenizer.name != "kl_vae":
+    if tokenizer.name == "hart" and not tokenizer.vqvae.use_codebook:
+        yield fault(
+            "config.tokenizer.vqvae.use_codebook=False leaves config.tokenizer.name=hart no ids in front of its "
+            "residual; use config.tokenizer.name=vqvae for the whole latent as one continuous level."
+        )
+    elif derive.has_scales(config):
         scales, latent = tokenizer.vqvae.scales, derive.latent_grid(config)
         shown = f"config.tokenizer.vqvae.scales={_tuple(scales)}"
         if not scales or not _increase(scales):

@@ -14,6 +14,7 @@ from ear_jax.backbones.next_scale import NextScaleBackbone
 from ear_jax.config import kinds
 from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
+from ear_jax.generators.coarse_scales import CoarseScales, coarse_heads
 from ear_jax.generators.kind import level_keys, trunk_of
 from ear_jax.generators.next_scale import UNDECAYED, FrozenVariable, growth
 from ear_jax.heads.energy import EnergyHead
@@ -38,9 +39,10 @@ class ContinuousNextScaleGenerator(nnx.Module):
 
     `scales` are sides in latent pixels, the last that of the map, whose tokens are squares of `patch_size`. `heads` are
     one for all scales, and one of its own for the last where squares make its tokens larger.
-    """
 
-    frozen: tuple[str, ...] = ()
+    With `coarse`, levels of ids come first, each drawn in one pass by its own of `coarse_heads`; what later scales see
+    of them are their codes, with noise as on others, in channels of their own between those of the latent and w.
+    """
 
     def __init__(
         self,
@@ -55,8 +57,14 @@ class ContinuousNextScaleGenerator(nnx.Module):
         own_context_probability: float,
         scale_weight_power: float,
         label_drop: float,
+        coarse: CoarseScales | None = None,
+        coarse_heads: Sequence[Any] = (),
     ):
         self.backbone = backbone
+        self.coarse = coarse
+        self.coarse_heads: Sequence[Any] = nnx.List(coarse_heads)
+        self.first = len(coarse_heads)
+        self.frozen: tuple[str, ...] = coarse.frozen if coarse is not None else ()
         self.heads: Sequence[EnergyHead] = nnx.List(heads)
         self.scales, self.levels, self.patch_size = scales, levels, patch_size
         self.is_residual = targets == "residual"
@@ -82,7 +90,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
 
     def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
         """Turn the tokenizer's map into the scales, as they are without noise."""
-        return self._pyramid(self._map(tokens), lambda tokens, k: (tokens, jnp.ones(tokens.shape[:1], jnp.float32)))[0]
+        return self._pyramid(self._map(tokens), _clean, tokens.levels[:-1])[0]
 
     def to_tokens(self, levels: tuple[jax.Array, ...]) -> Tokens:
         """Undo `to_levels`: the last scale, or the sum of all where they are residual."""
@@ -91,7 +99,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
             if self.is_residual or k == len(levels) - 1:
                 running = self._added(running, level, k)
         assert running is not None
-        return Tokens((running.reshape(running.shape[0], -1, running.shape[-1]),))
+        return Tokens((*levels[: self.first], running.reshape(running.shape[0], -1, running.shape[-1])))
 
     def measure(self, batches: Iterable[Batch]) -> dict[str, jax.Array]:
         """Return mean and deviation of each scale and channel over cached batches, by the names of their arrays."""
@@ -115,10 +123,11 @@ class ContinuousNextScaleGenerator(nnx.Module):
         Labels are dropped with probability `label_drop`.
         """
         token_rng, drop_rng, noise_rng, backbone_rng, head_rng, own_rng = jax.random.split(rng, 6)
-        values = self._map(Posterior.from_batch(batch).sample(token_rng))
+        drawn = Posterior.from_batch(batch).sample(token_rng)
+        values, ids = self._map(drawn), drawn.levels[:-1]
         labels_B = jnp.asarray(batch["label"], jnp.int32)
         drop_B = jax.random.uniform(drop_rng, labels_B.shape, jnp.float32) < self.label_drop
-        own = self._own_draws(values, labels_B, drop_B, own_rng) if self.own_context_probability else None
+        own = self._own_draws(values, ids, labels_B, drop_B, own_rng) if self.own_context_probability else None
 
         def seen(tokens: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
             w_rng, n_rng, o_rng = jax.random.split(jax.random.fold_in(noise_rng, k), 3)
@@ -130,7 +139,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
             is_own = jax.random.uniform(o_rng, labels_B.shape, jnp.float32) < self.own_context_probability
             return jnp.where(is_own[:, None, None], own[k], noisy), jnp.where(is_own, 1.0, kept_B)
 
-        targets, inputs_BMD = self._pyramid(values, seen if self.context_noise or own is not None else _clean)
+        targets, inputs_BMD = self._pyramid(values, seen if self.context_noise or own is not None else _clean, ids)
         hidden_BLE = self.backbone(inputs_BMD, labels_B, drop_B, backbone_rng)
         total, metrics = jnp.float32(0.0), {}
         for k, (level, target_BND) in enumerate(zip(self.levels, targets, strict=True)):
@@ -161,26 +170,45 @@ class ContinuousNextScaleGenerator(nnx.Module):
         inputs, running, drawn = None, None, []
         for k in range(len(self.levels)):
             hidden, cache = self.backbone.extend(condition, inputs, k, cache)
-            if sampling.is_guided:
-                hidden = guidance.mix(hidden[:B], hidden[B:], guidance.at_step(sampling.guidance_scale, shares[k]))
-            head = self._head(k)
-            drawn.append(head.sample(head.predict(hidden), level_keys(keys_B, k), sampling.temperature))
+            scale = guidance.at_step(sampling.guidance_scale, shares[k]) if sampling.is_guided else None
+            drawn.append(self._draw_level(hidden, scale, k, level_keys(keys_B, k), sampling))
             if k < len(self.levels) - 1:
-                running = self._added(running, drawn[-1], k)
-                own = self._input(running, drawn[-1], jnp.ones((B,), jnp.float32), k + 1)
+                seen = self._in_view(drawn[-1], k)
+                running = self._added(running, seen, k)
+                own = self._input(running, seen, jnp.ones((B,), jnp.float32), k + 1)
                 inputs = jnp.concatenate([own] * branches)
         return tuple(drawn)
 
-    def _own_draws(self, values: jax.Array, labels_B: jax.Array, drop_B: jax.Array, rng: jax.Array) -> list[jax.Array]:
-        hidden_BLE = self.backbone(self._pyramid(values, _clean)[1], labels_B, drop_B, None)
+    def _draw_level(self, hidden: jax.Array, scale: Any, k: int, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+        """Draw level k: guidance mixes hidden states before an energy head, and logits, then filtered, of a softmax."""
+        head = self._head(k)
+        if k >= self.first:
+            mixed = (
+                hidden if scale is None else guidance.mix(hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :], scale)
+            )
+            return head.sample(head.predict(mixed), keys_B, sampling.temperature)
+        logits = head.predict(hidden)
+        logits = (
+            logits if scale is None else guidance.mix(logits[: len(logits) // 2], logits[len(logits) // 2 :], scale)
+        )
+        allowed = guidance.filter_logits(logits, top_k=sampling.top_k, top_p=sampling.top_p)
+        return head.sample(allowed, keys_B, sampling.coarse_temperature)
+
+    def _own_draws(
+        self, values: jax.Array, ids: Sequence[jax.Array], labels_B: jax.Array, drop_B: jax.Array, rng: jax.Array
+    ) -> list[jax.Array]:
+        hidden_BLE = self.backbone(self._pyramid(values, _clean, ids)[1], labels_B, drop_B, None)
         keys_B = jax.random.split(rng, labels_B.shape[0])
         draws = []
         for k in range(len(self.levels) - 1):
             head = self._head(k)
-            draws.append(head.sample(head.predict(self._of_scale(hidden_BLE, k)), level_keys(keys_B, k), 1.0))
+            drawn = head.sample(head.predict(self._of_scale(hidden_BLE, k)), level_keys(keys_B, k), 1.0)
+            draws.append(self._in_view(drawn, k))
         return jax.lax.stop_gradient(draws)
 
-    def _head(self, k: int) -> EnergyHead:
+    def _head(self, k: int) -> Any:
+        if k < self.first:
+            return self.coarse_heads[k]
         return self.heads[-1 if k == len(self.levels) - 1 else 0]
 
     def _of_scale(self, hidden_BLE: jax.Array, k: int) -> jax.Array:
@@ -188,22 +216,31 @@ class ContinuousNextScaleGenerator(nnx.Module):
         return hidden_BLE[:, start : start + self.levels[k].tokens]
 
     def _map(self, tokens: Tokens) -> jax.Array:
-        (fine_BND,) = tokens.levels
+        fine_BND = tokens.levels[-1]
         side = self.scales[-1]
         return fine_BND.reshape(fine_BND.shape[0], side, side, -1)
 
-    def _pyramid(self, values: jax.Array, seen: Seen) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        """Return the target of each scale, and the inputs of all scales but the first, joined."""
-        targets, inputs, running = [], [], None
+    def _in_view(self, level: jax.Array, k: int) -> jax.Array:
+        """Return the tokens of level k as later ones see them: ids as their codes."""
+        return self.coarse.vectors(level, k) if self.coarse is not None and k < self.first else level
+
+    def _pyramid(
+        self, values: jax.Array, seen: Seen, ids: Sequence[jax.Array] = ()
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return the target of each level, and the inputs of all levels but the first, joined."""
+        targets, inputs, running = [*ids], [], None
         for k in range(len(self.levels)):
-            rest = values - running if self.is_residual and running is not None else values
-            targets.append(self._tokens(apply_to_axes(rest, area_matrix(self.scales[-1], self.scales[k])), k))
+            if k >= self.first:
+                rest = values - running if self.is_residual and running is not None else values
+                side = self.scales[k - self.first]
+                targets.append(self._tokens(apply_to_axes(rest, area_matrix(self.scales[-1], side)), k))
             if k < len(self.levels) - 1:
-                tokens, kept_B = seen(targets[-1], k)
+                tokens, kept_B = seen(self._in_view(targets[k], k), k)
                 running = self._added(running, tokens, k)
                 inputs.append(self._input(running, tokens, kept_B, k + 1))
         B, D = values.shape[0], values.shape[-1]
-        joined = jnp.concatenate(inputs, axis=1) if inputs else jnp.zeros((B, 0, D + 1), jnp.float32)
+        more = self.coarse.channels if self.coarse is not None else 0
+        joined = jnp.concatenate(inputs, axis=1) if inputs else jnp.zeros((B, 0, D + more + 1), jnp.float32)
         return tuple(targets), joined
 
     def _raw_scales(self, values: jax.Array) -> list[jax.Array]:
@@ -216,29 +253,38 @@ class ContinuousNextScaleGenerator(nnx.Module):
         return maps
 
     def _tokens(self, maps: jax.Array, k: int) -> jax.Array:
-        unit = (maps - self.scale_mean[...][k]) / self.scale_std[...][k]
+        number = k - self.first
+        unit = (maps - self.scale_mean[...][number]) / self.scale_std[...][number]
         tokens = unit.reshape(unit.shape[0], -1, unit.shape[-1])
         return patchify(tokens, self.patch_size) if k == len(self.levels) - 1 else tokens
 
-    def _added(self, running: jax.Array | None, tokens: jax.Array, k: int) -> jax.Array:
+    def _added(self, running: Any, tokens: jax.Array, k: int) -> Any:
         """Return the map of the scales so far: the sum where they are residual, else the last one."""
+        number = k - self.first
+        if number < 0:  # codes are no part of the latent
+            return running
         unit = unpatchify(tokens, self.patch_size) if k == len(self.levels) - 1 else tokens
-        side, last = self.scales[k], self.scales[-1]
-        maps = unit.reshape(unit.shape[0], side, side, -1) * self.scale_std[...][k] + self.scale_mean[...][k]
+        side, last = self.scales[number], self.scales[-1]
+        maps = unit.reshape(unit.shape[0], side, side, -1) * self.scale_std[...][number] + self.scale_mean[...][number]
         if not self.is_residual:
             return maps
         maps = maps if side == last else apply_to_axes(maps, bicubic_matrix(side, last))
         return maps if running is None else running + maps
 
-    def _input(self, running: jax.Array, tokens: jax.Array, kept_B: jax.Array, k: int) -> jax.Array:
+    def _input(self, running: Any, tokens: jax.Array, kept_B: jax.Array, k: int) -> jax.Array:
         """Return the inputs of scale k: what is seen of the coarser ones on its grid, and how much of it is left."""
-        side, below = self.levels[k].grid, self.scales[k - 1]
-        if self.is_residual:
+        side, is_code = self.levels[k].grid, k - 1 < self.first
+        below = self.levels[k - 1].grid if is_code else self.scales[k - 1 - self.first]
+        if self.is_residual and not is_code:
             maps = apply_to_axes(running, area_matrix(self.scales[-1], side))
         else:
             unit = tokens.reshape(tokens.shape[0], below, below, -1)
             maps = unit if side == below else apply_to_axes(unit, bicubic_matrix(below, side))
         flat = maps.reshape(maps.shape[0], side * side, -1)
+        if self.coarse is not None:
+            others = self.scale_mean[...].shape[-1] if is_code else self.coarse.channels
+            empty = jnp.zeros((*flat.shape[:2], others), jnp.float32)
+            flat = jnp.concatenate([empty, flat] if is_code else [flat, empty], axis=-1)
         kept = jnp.broadcast_to(kept_B[:, None, None], (*flat.shape[:2], 1))
         return jnp.concatenate([flat, kept], axis=-1)
 
@@ -250,14 +296,16 @@ def _clean(tokens: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def make_continuous_next_scale(
     config: Config, spec: TokenizerSpec, classes: int, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> ContinuousNextScaleGenerator:
-    """Make the generator for the one continuous level of a tokenizer."""
+    """Make the generator for the continuous level of a tokenizer, and for the coarse ids in front of it if any."""
     generator, own = config.generator, config.generator.backbone
     levels, pyramid = kinds.levels(config), config.generator.pyramid
-    (fine,) = spec.levels
+    fine, first = spec.levels[-1], kinds.pyramid_first(config)
+    books = config.tokenizer.coarse
+    coarse = CoarseScales([it.grid for it in first], books.codes, books.code_channels, rngs=rngs) if first else None
     backbone = NextScaleBackbone(
         trunk_of(own, dtype),
         scales=tuple(level.grid for level in levels),
-        input_channels=fine.size + 1,
+        input_channels=fine.size + (books.code_channels if first else 0) + 1,
         classes=classes,
         drop_path=own.drop_path,
         use_unit_attention=own.use_unit_attention,
@@ -275,7 +323,7 @@ def make_continuous_next_scale(
 
     return ContinuousNextScaleGenerator(
         backbone=backbone,
-        heads=[head(size) for size in dict.fromkeys(level.size for level in levels)],
+        heads=[head(size) for size in dict.fromkeys(level.size for level in levels[len(first) :])],
         scales=kinds.pyramid_scales(config),
         levels=levels,
         patch_size=generator.patch_size,
@@ -284,4 +332,6 @@ def make_continuous_next_scale(
         own_context_probability=pyramid.own_context_probability,
         scale_weight_power=pyramid.scale_weight_power,
         label_drop=generator.label_drop,
+        coarse=coarse,
+        coarse_heads=coarse_heads(len(first), own.width, books.codes, generator.softmax.label_smoothing, rngs),
     )

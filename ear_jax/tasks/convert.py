@@ -145,6 +145,9 @@ def _tokenizer(config: Config, path: str, weights: str, key: str = "weights") ->
 
 def _part(path: str, opened: TensorFile, entries: list[Entry], shapes: Shapes) -> Part:
     arrays = ours_of(opened.arrays, entries, shapes, where=path)
+    dropped = [name for entry in entries if entry.is_left_out for name in entry.theirs if name in opened.arrays]
+    if dropped:
+        print(f"convert     {path}: left out, no part of this model: {', '.join(dropped)}", flush=True)
     origin = {
         "file": Path(path).name,
         "SHA-256 of the file": file_sha256(path),

@@ -17,7 +17,7 @@ from ear_jax.tokenizers.codebook import usage
 from ear_jax.tokenizers.latents import GaussianTokenizer, sample_gaussian
 from ear_jax.tokenizers.lite_hybrid import HybridTraining, LiteHybrid
 from ear_jax.tokenizers.losses import gaussian_loss, kl_to_unit_normal, masked_mean, psnr, wavelet_loss
-from ear_jax.tokenizers.vqvae import VQVAE, HartTokenizer
+from ear_jax.tokenizers.vqvae import VQVAE, ContinuousVQVAE, HartTokenizer
 from ear_jax.types import Metrics
 from ear_jax.weights.installed import efficientnet_arrays
 
@@ -119,6 +119,9 @@ class TokenizerObjective(nnx.Module):
             passed = self._hybrid(self.tokenizer, images, use_fine, is_hybrid, latent_rng)
         elif isinstance(self.tokenizer, VQVAE):
             passed = self._quantised(self.tokenizer, images, use_fine)
+        elif isinstance(self.tokenizer, ContinuousVQVAE):
+            # Without spread there is no KL to a normal.
+            passed = Pass(self.tokenizer.decoder(self.tokenizer.encoder(images)), {})
         else:
             passed = self._plain(self.tokenizer, images, latent_rng)
         terms = {**self._reconstruction_terms(passed.images, images), **passed.terms}

@@ -1,4 +1,4 @@
-"""VAR's autoencoder: one latent map as a pyramid of discrete grids (arXiv 2404.02905)."""
+"""VAR's autoencoder (arXiv 2404.02905): one latent map as a pyramid of discrete grids, or as it is."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ear_jax.tokenizers.autoencoder import Decoder, Encoder, Sizes, latent_grid
-from ear_jax.tokenizers.latents import LatentTokenizer
+from ear_jax.tokenizers.latents import GaussianTokenizer, LatentTokenizer
 from ear_jax.tokenizers.scale_quantiser import QuantiserTraining, ScaleQuantiser
 from ear_jax.types import LevelSpec, Posterior, TokenizerSpec, Tokens
 
@@ -125,3 +125,37 @@ class HartTokenizer(VQVAE):
             return passed
         rest = jax.lax.stop_gradient(features - passed.map)
         return dataclasses.replace(passed, map=passed.map + use_residual[:, None, None, None] * rest)
+
+
+class ContinuousVQVAE(GaussianTokenizer):
+    """`VQVAE` without its codebook: one continuous level "fine", what the encoder gives before the codes.
+
+    It has no spread: a posterior is its mean. Arrays of encoder and decoder are those of `VQVAE`, name by name.
+
+    Raises:
+        ValueError: the image cannot be halved between all levels.
+    """
+
+    encoder: Encoder
+
+    def __init__(
+        self,
+        *,
+        image_px: int,
+        channels: int = 160,
+        multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        blocks: int = 2,
+        latent_channels: int = 32,
+        projection_kernel: int = 3,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(image_px, latent_grid(image_px, multipliers), latent_channels)
+        sizes = Sizes(channels, multipliers, blocks, (len(multipliers) - 1,), projection_kernel)
+        self.encoder = Encoder(sizes, out_channels=latent_channels, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(sizes, latent_channels=latent_channels, dtype=dtype, rngs=rngs)
+
+    def posterior(self, images: Float[Array, "B h w 3"]) -> Posterior:
+        """Encode images in [-1, 1] to normalised tokens, without spread."""
+        features = self.encoder(images)
+        return Posterior((), *self.normalise(features, jnp.full_like(features, -jnp.inf)))

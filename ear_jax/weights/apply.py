@@ -125,6 +125,11 @@ def theirs_of(ours: Mapping[str, np.ndarray], entries: Sequence[Entry]) -> Moved
         if not entry.theirs:
             fixed = zip(entry.ours, entry.to_ours([]), strict=True)
             lost += [name for name, value in fixed if not np.array_equal(value.astype(ours[name].dtype), ours[name])]
+    if lacking := [name for entry in entries if entry.is_left_out for name in entry.theirs]:
+        raise ConfigError(
+            f"The published format needs {len(lacking)} arrays that this model has no part for: "
+            f"{', '.join(lacking[:_SHOWN])}. Write the model that they were in."
+        )
     if lost:
         raise ConfigError(
             f"The published format has no place for {len(lost)} arrays of this model: {', '.join(lost[:_SHOWN])}. Only "

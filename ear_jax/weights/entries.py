@@ -21,7 +21,8 @@ class Entry:
 
     `to_ours` takes the arrays of `theirs` in order and returns those of `ours`; `to_theirs` undoes it. An entry without
     `ours` is a constant of the foreign format (a mask, a table): it is dropped on reading and made again on writing;
-    with `is_optional` it may be absent.
+    with `is_optional` it may be absent. Where `is_left_out` it holds weights that our model has no part for: dropped
+    all the same, and never made up.
     """
 
     theirs: tuple[str, ...]
@@ -29,6 +30,7 @@ class Entry:
     to_ours: Move
     to_theirs: Move
     is_optional: bool = False
+    is_left_out: bool = False
 
 
 def same(theirs: str, ours: str) -> Entry:
@@ -88,6 +90,11 @@ def stacked(layers: Sequence[Iterable[Entry]]) -> tuple[Entry, ...]:
 def constant(theirs: str, make: Callable[[], np.ndarray], *, is_optional: bool = True) -> Entry:
     """Name a foreign array that holds no weights; `make` returns it for writing."""
     return Entry((theirs,), (), lambda arrays: (), lambda arrays: (make(),), is_optional)
+
+
+def left_out(theirs: str, shape: Sequence[int]) -> Entry:
+    """Name a foreign array of weights that our model has no part for; it may be absent."""
+    return dataclasses.replace(constant(theirs, lambda: np.broadcast_to(np.float32(0), shape)), is_left_out=True)
 
 
 def from_elsewhere(ours: str, arrays: Mapping[str, np.ndarray]) -> Entry:

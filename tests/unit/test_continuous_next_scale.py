@@ -149,6 +149,12 @@ def test_what_does_not_fit_the_latent_is_refused_with_the_key():
     assert "scales=2,1,4" in faults(scales=(2, 1, 4))
     assert "windows=1,8" in faults(head="joint", windows=(1, 8)) and not faults(windows=(1, 8))
     assert "attention_heads=3" in faults(head="joint", attention_heads=3)
+    assert "windows=1,8" in faults(head="joint", windows=(1, 8)) and "use 1." in faults(head="joint", windows=(1, 8))
+    assert "lite_vae has none" in faults(first_scale="coarse")
+    hybrid = dict(NAME, tokenizer__name="lite_hybrid", generator__pyramid__first_scale="coarse")
+    assert [level.name for level in kinds.levels(tiny_config(**hybrid))] == ["coarse", "scale_2", "scale_4"]
+    early = cross_faults(tiny_config(**hybrid, generator__pyramid__scales=(1, 2, 4)))
+    assert "must start at 2 or more" in early[0].text and "for 2,4." in early[0].text
     coarse = dataclasses.replace(tiny_config(**NAME).tokenizer, name="lite_hybrid")
     assert "continuous level" in " ".join(f.text for f in cross_faults(tiny_config(**(NAME | {"tokenizer": coarse}))))
 

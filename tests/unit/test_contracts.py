@@ -351,9 +351,10 @@ def generator_config(name: str) -> Config:
     Patches of two latent pixels a side and a weight of the coarse level keep what is done with them from hiding.
     """
     fitting = []
-    for tokenizer in sorted(build.TOKENIZERS):
+    for tokenizer, first in itertools.product(sorted(build.TOKENIZERS), ("continuous", "coarse")):
         config = tiny_config(
             tokenizer__name=tokenizer,
+            generator__pyramid__first_scale=first,
             generator__backbone__name=name,
             generator__patch_size=2,
             generator__coarse__loss_weight=0.5,

@@ -121,7 +121,10 @@ def test_wrong_flags_are_explained(argument: str, words: str, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["sample.top_k=3"], "config.sample.top_k=3: has no effect on this model: only next_scale reads it"),
+        (
+            ["sample.top_k=3"],
+            "config.sample.top_k=3: has no effect on this model: only next_scale or ",
+        ),
         (["sample.guidance_scale=1", "sample.guidance_schedule=constant"], "guidance_scale=1 is no guidance"),
         ([f"{IMAGES}", "generator.backbone.width=32"], "config.generator.backbone.width=32: config.evaluate.images is"),
         ([f"{IMAGES}", "sample.guidance_scale=3"], "is scored as it is, without a model, and does not read it"),

@@ -61,6 +61,7 @@ KINDS_OF_MODEL: dict[str, dict[str, Any]] = {
     "mar": dict(tokenizer__name="kl_vae", generator__backbone__name="mar", generator__continuous_head="diffusion"),
     "next_scale": dict(tokenizer__name="vqvae", generator__backbone__name="next_scale"),
     "continuous_next_scale": dict(tokenizer__name="lite_vae", generator__backbone__name="continuous_next_scale"),
+    "coarse_first": dict(generator__backbone__name="continuous_next_scale", generator__pyramid__first_scale="coarse"),
     "dit": dict(tokenizer__name="kl_vae", generator__backbone__name="dit", generator__diffusion__guided_channels=1),
 }
 

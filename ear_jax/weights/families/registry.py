@@ -117,7 +117,7 @@ def _kl_vae(config: Config) -> list[Entry]:
 
 
 def _vqvae(config: Config) -> list[Entry]:
-    quantiser = ("codes", "scales", "residual_convolutions", "residual_ratio")
+    quantiser = ("codes", "scales", "residual_convolutions", "residual_ratio", "use_codebook")
     return vqvae.entries(**_named(config.tokenizer.vqvae, "multipliers", "blocks", "latent_channels", *quantiser))
 
 
