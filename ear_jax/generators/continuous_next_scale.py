@@ -16,6 +16,7 @@ from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
 from ear_jax.generators.kind import level_keys, trunk_of
 from ear_jax.generators.next_scale import UNDECAYED, FrozenVariable, growth
+from ear_jax.heads.density import by_density
 from ear_jax.heads.energy import EnergyHead
 from ear_jax.heads.joint import JointEnergyHead
 from ear_jax.nn.patches import patchify, unpatchify
@@ -157,13 +158,13 @@ class ContinuousNextScaleGenerator(nnx.Module):
         B, branches = labels_B.shape[0], 2 if sampling.is_guided else 1
         condition = self.backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
         cache = self.backbone.empty_cache(branches * B)
-        shares = growth(len(self.levels), sampling.guidance_schedule).tolist()
+        shares = growth(len(self.levels), *sampling.guidance_growth).tolist()
         inputs, running, drawn = None, None, []
         for k in range(len(self.levels)):
             hidden, cache = self.backbone.extend(condition, inputs, k, cache)
             if sampling.is_guided:
                 hidden = guidance.mix(hidden[:B], hidden[B:], guidance.at_step(sampling.guidance_scale, shares[k]))
-            head = self._head(k)
+            head = by_density(self._head(k), sampling.density_draws, sampling.density_keep)
             drawn.append(head.sample(head.predict(hidden), level_keys(keys_B, k), sampling.temperature))
             if k < len(self.levels) - 1:
                 running = self._added(running, drawn[-1], k)

@@ -184,7 +184,9 @@ def test_loss_covers_every_level_and_weights_them():
     generator = make_generator()
     loss, metrics = jax.jit(lambda b: generator.loss(b, jax.random.key(0), jnp.int32(0), {}))(batch())
     np.testing.assert_allclose(loss, metrics["loss/coarse"] + metrics["loss/fine"], rtol=1e-6)
-    assert np.isfinite(loss) and metrics["spread/fine"] > 0
+    terms = 2 * metrics["attraction/fine"] - metrics["repulsion/fine"]
+    np.testing.assert_allclose(terms, metrics["loss/fine"], rtol=1e-5)
+    assert np.isfinite(loss) and metrics["repulsion/fine"] > 0
 
 
 def test_head_kind_must_match_its_level():
