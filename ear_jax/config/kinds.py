@@ -175,15 +175,11 @@ ENERGY_OPTIONS = ("generator.energy.temperature_scales", "sample.density_draws",
 
 KINDS |= {
     "masked": Kind(patched_levels, _tokens, options=ENERGY_OPTIONS, has_streams=True),
-    "mar": Kind(
-        patched_levels, _tokens, faults=_needs_one_continuous_level, options=ENERGY_OPTIONS, has_streams=True
-    ),
+    "mar": Kind(patched_levels, _tokens, faults=_needs_one_continuous_level, options=ENERGY_OPTIONS, has_streams=True),
     "next_scale": Kind(
         derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p")
     ),
-    "continuous_next_scale": Kind(
-        _pyramid_levels, _one, faults=_pyramid_faults, options=ENERGY_OPTIONS
-    ),
+    "continuous_next_scale": Kind(_pyramid_levels, _one, faults=_pyramid_faults, options=ENERGY_OPTIONS),
     "dit": Kind(
         patched_levels,
         _trained_steps,

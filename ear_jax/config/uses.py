@@ -146,7 +146,9 @@ def _without_effect(model: Config, asked: Mapping[str, Any]) -> dict[str, str]:
     if asked["guidance_schedule"] != "interval":
         found["sample.guidance_interval"] = f"guidance_schedule={asked['guidance_schedule']} has no interval"
     if asked["guidance_scale"] == 1:
-        found |= dict.fromkeys(("sample.guidance_schedule", "sample.guidance_interval"), "guidance_scale=1 is no guidance")
+        found |= dict.fromkeys(
+            ("sample.guidance_schedule", "sample.guidance_interval"), "guidance_scale=1 is no guidance"
+        )
     if asked["density_draws"] == 1:
         found.setdefault("sample.density_keep", "density_draws=1 leaves no choice")
     if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):

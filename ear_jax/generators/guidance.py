@@ -30,9 +30,7 @@ def at_step(guidance_scale: ArrayLike, share: ArrayLike) -> Any:
     return 1.0 + (guidance_scale - 1.0) * share
 
 
-def growth(
-    masked_after: np.ndarray, tokens: int, schedule: str, interval: Sequence[float] = (0.0, 1.0)
-) -> np.ndarray:
+def growth(masked_after: np.ndarray, tokens: int, schedule: str, interval: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
     """Return float32 [steps]: the share g of the guidance that each step uses, s_step = 1 + (s - 1) g.
 
     `constant` is 1 everywhere; `linear` is MAR's (tokens - masked after the step) / tokens, whose last entry counts

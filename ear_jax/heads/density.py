@@ -50,9 +50,7 @@ class DensestOf:
         return jnp.take_along_axis(candidates, chosen[None, ..., None], axis=0)[0]
 
 
-def densest(
-    candidates: Float[Array, "P *batch D"], chance: Float[Array, "*batch"], keep: Any
-) -> Int[Array, "*batch"]:
+def densest(candidates: Float[Array, "P *batch D"], chance: Float[Array, "*batch"], keep: Any) -> Int[Array, "*batch"]:
     """Return the number of one of the densest fraction `keep` of P candidates, which `chance` in [0, 1) chooses.
 
     Denser is nearer to its max(1, P // 4) nearest neighbours, on average: enough to know a mode that holds a quarter of

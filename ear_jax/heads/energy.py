@@ -122,7 +122,7 @@ class EnergyHead(nnx.Module):
         noise: Float[Array, "P B N Z"],
         temperature: Float[Array, ""] | float = 1.0,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the energy loss averaged over groups and masked tokens, and its two terms: 2 attraction - tau repulsion.
+        """Return the energy loss over groups and masked tokens, 2 attraction - tau repulsion, and these two terms.
 
         P = repeats * samples, one group after the other. Of a calibrated forecast both terms are equal.
         """

@@ -45,7 +45,9 @@ class SpreadWatch:
         sums, self._sums, self._steps = self._sums, {}, 0
         for level, (near, apart) in sums.items():
             if near > 0 and level not in self._told:
-                yield from self._judged(level, step, (apart / near) ** (1 / self._energy.alpha), values["train_temperature"])
+                yield from self._judged(
+                    level, step, (apart / near) ** (1 / self._energy.alpha), values["train_temperature"]
+                )
 
     def _judged(self, level: str, step: int, ratio: float, temperature: float) -> Iterator[str]:
         own = self._energy
@@ -60,9 +62,9 @@ class SpreadWatch:
             else ("far apart, spread has exploded: samples will be noise", "lower")
         )
         yield (
-            f"alarm: draws of {level} lie too {what}. Their distance to each other is {ratio:.2f} of that to the target "
-            f"(mean of steps {step - WINDOW_STEPS + 1} to {step}); expected {due * low:.2f} to {due * high:.2f}, "
-            f"calibrated is {due:.2f} (config.generator.spread_limits). Lower the learning rate "
+            f"alarm: draws of {level} lie too {what}. Their distance to each other is {ratio:.2f} of that to the "
+            f"target (mean of steps {step - WINDOW_STEPS + 1} to {step}); expected {due * low:.2f} to "
+            f"{due * high:.2f}, calibrated is {due:.2f} (config.generator.spread_limits). Lower the learning rate "
             f"(config.generator_training.learning_rate), take more draws (config.generator.energy.samples="
             f"{own.samples}), {change} config.generator_training.train_temperature={temperature:.3g}, or try another "
             f"config.generator.energy.alpha={own.alpha:g}."
