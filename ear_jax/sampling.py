@@ -4,12 +4,16 @@ import contextlib
 import dataclasses
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from ear_jax.errors import ConfigError
 
-SCHEDULES = ("linear", "constant")
-"""How guidance grows over the steps of a level, or over the scales."""
+SCHEDULES = ("linear", "constant", "interval")
+"""How guidance grows over the steps of a level, or over the scales; interval is all or nothing."""
+
+LEAST_DENSITY_DRAWS = 3
+"""Of two candidates none is the denser one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +25,26 @@ class Sampling:
         guidance_scale: s of s * conditional + (1 - s) * unconditional; None is no guidance, at half the work. 1 becomes
             None. A number is an argument of a compiled program, not a part of it, as the temperatures are.
         guidance_schedule: one of SCHEDULES.
+        guidance_interval: first and last place of the guided passes, 0 for the first and 1 for the last of a level, or
+            of the scales; for the schedule `interval`.
         temperature: tau_infer of continuous levels.
         coarse_temperature: softmax temperature of discrete levels; 0 takes the most likely code.
         top_k: draw among the k most likely codes; 0 is all.
         top_p: draw among the most likely codes that hold this probability; 0 is all.
+        density_draws: draws of each continuous token, of which one is kept; 1 keeps the one.
+        density_keep: fraction of them, the densest, that it is kept from; an argument as well.
     """
 
     steps: tuple[int, ...]
     guidance_scale: Any = None
     guidance_schedule: str = "linear"
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
     temperature: Any = 1.0
     coarse_temperature: Any = 1.0
     top_k: int = 0
     top_p: float = 0.0
+    density_draws: int = 1
+    density_keep: Any = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.guidance_scale, int | float) and self.guidance_scale == 1:
@@ -44,9 +55,15 @@ class Sampling:
         """Whether the unconditional branch runs."""
         return self.guidance_scale is not None
 
+    @property
+    def guidance_growth(self) -> tuple[str, tuple[float, ...]]:
+        """How guidance grows: the schedule and its interval."""
+        return self.guidance_schedule, self.guidance_interval
+
     def record(self) -> dict[str, Any]:
         """Return every option by name, JSON-safe, as results write it down; no guidance is a scale of 1."""
-        values = dataclasses.asdict(self) | {"steps": list(self.steps)}
+        values = dataclasses.asdict(self)
+        values |= {name: list(values[name]) for name in ("steps", "guidance_interval")}
         return values | {"guidance_scale": self.guidance_scale if self.is_guided else 1.0}
 
 
@@ -56,14 +73,24 @@ class SamplingOptions(TypedDict, total=False):
     steps: Any
     guidance_scale: Any
     guidance_schedule: str
+    guidance_interval: Any
     temperature: Any
     coarse_temperature: Any
     top_k: Any
     top_p: Any
+    density_draws: Any
+    density_keep: Any
 
 
-TRACED = ("guidance_scale", "temperature", "coarse_temperature")
+TRACED = ("guidance_scale", "temperature", "coarse_temperature", "density_keep")
 """Options that a compiled program takes as arguments: changing them compiles nothing."""
+
+
+def guided_passes(passes: int, interval: Sequence[float]) -> tuple[bool, ...]:
+    """Return which of so many passes lie in an interval: the first is at 0, the last, and a single one, at 1."""
+    places = [number / (passes - 1) for number in range(passes)] if passes > 1 else [1.0]
+    low, high = interval
+    return tuple(low - 1e-6 <= place <= high + 1e-6 for place in places)
 
 
 def as_real(value: Any) -> float | None:
@@ -103,6 +130,15 @@ def whole_number(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) 
     if number is None or not low <= number <= high:
         raise ConfigError(f"{name}={value!r}: expected an integer from {low} to {high}.")
     return number
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Return an argument as two increasing numbers from 0 to 1; raises ConfigError with its name."""
+    numbers = [as_real(item) for item in value] if hasattr(value, "__len__") and not isinstance(value, str) else []
+    match numbers:
+        case [float(low), float(high)] if 0 <= low <= high <= 1:
+            return low, high
+    raise ConfigError(f"{name}={value!r}: expected two numbers from 0 to 1, the smaller one first, such as (0.2,0.8).")
 
 
 def real_number(name: str, value: Any, *, high: float = math.inf) -> float:

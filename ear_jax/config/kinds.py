@@ -13,7 +13,18 @@ from ear_jax.config import derive, schema
 from ear_jax.config.schema import Config
 from ear_jax.errors import ConfigError
 from ear_jax.levels import LevelSpec
-from ear_jax.sampling import SCHEDULES, TRACED, Sampling, as_integer, as_real, real_number, whole_number
+from ear_jax.sampling import (
+    LEAST_DENSITY_DRAWS,
+    SCHEDULES,
+    TRACED,
+    Sampling,
+    as_integer,
+    as_real,
+    guided_passes,
+    interval,
+    real_number,
+    whole_number,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,12 +231,16 @@ _SCALES: dict[str, Any] = dict(
     inputs="backbone/embed",
 )
 
+ENERGY_OPTIONS = ("generator.energy.temperature_scales", "sample.density_draws", "sample.density_keep")
+"""Keys of drawing that an energy head reads."""
+
 KINDS |= {
-    "masked": Kind(patched_levels, _tokens, has_streams=True),
+    "masked": Kind(patched_levels, _tokens, options=ENERGY_OPTIONS, has_streams=True),
     "mar": Kind(
         patched_levels,
         _tokens,
         faults=_needs_one_continuous_level,
+        options=ENERGY_OPTIONS,
         has_streams=True,
         trunk=("width", "depth", "encoder_depth", "heads", "mlp_ratio"),
     ),
@@ -236,7 +251,7 @@ KINDS |= {
         _pyramid_levels,
         _one,
         faults=_pyramid_faults,
-        options=("sample.top_k", "sample.top_p"),
+        options=("sample.top_k", "sample.top_p", *ENERGY_OPTIONS),
         starts_from=("next_scale",),
         **_SCALES,
     ),
@@ -311,8 +326,26 @@ def sampling_of(config: Config, **options: Any) -> Sampling:
     named |= numbers | {
         "top_k": whole_number("top_k", named["top_k"]),
         "top_p": real_number("top_p", named["top_p"], high=1.0),
+        "guidance_interval": interval("guidance_interval", named["guidance_interval"]),
+        "density_draws": whole_number("density_draws", named["density_draws"], low=1, high=256),
     }
-    return Sampling(steps=_steps(config, steps), **named)
+    if 1 < named["density_draws"] < LEAST_DENSITY_DRAWS:
+        raise ConfigError(
+            f"density_draws={named['density_draws']}: of two draws none lies denser than the other; expected 1, which "
+            f"is off, or at least {LEAST_DENSITY_DRAWS}."
+        )
+    if not 0 < named["density_keep"] <= 1:
+        raise ConfigError(f"density_keep={named['density_keep']:g}: expected a number above 0, up to 1.")
+    sampling = Sampling(steps=_steps(config, steps), **named)
+    if sampling.guidance_schedule == "interval" and sampling.is_guided:
+        is_of_scales = all(kind_of(config).most_steps(config, level) == 1 for level in levels(config))
+        passes = [len(sampling.steps)] if is_of_scales else sampling.steps
+        if not any(any(guided_passes(count, sampling.guidance_interval)) for count in passes):
+            raise ConfigError(
+                f"guidance_interval={sampling.guidance_interval}: no pass lies in it, and none would be guided; the "
+                f"first of {' and '.join(map(str, passes))} is at 0, the last at 1, with equal distances."
+            )
+    return sampling
 
 
 _OWN = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "steps")

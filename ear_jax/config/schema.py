@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ear_jax.sampling import SCHEDULES
+
 USES = ("sample", "evaluate", "bench")
 """Tasks that use a finished model."""
 
@@ -282,7 +284,11 @@ class EnergyHeadConfig:
     alpha: float = key(1.0, "exponent of the distance", above=0.0, below=2.0)
     repeats: int = key(1, "independent groups of m draws per token and step", low=1, high=64)
     temperature_scales: str = key(
-        "shift", "what tau_infer scales: the shift in each block (EAR), or the noise", choices=("shift", "noise")
+        "shift",
+        "what tau_infer scales: the shift in each block (EAR), or the noise",
+        choices=("shift", "noise"),
+        affects_result=False,
+        read_by=USES,
     )
 
 
@@ -378,6 +384,13 @@ class GeneratorConfig:
     softmax: SoftmaxHeadConfig = group(SoftmaxHeadConfig)
     patch_size: int = key(1, "side of the squares of latent pixels that make one fine token", low=1, high=16)
     label_drop: float = key(0.1, "probability that a training image loses its label", low=0.0, high=1.0)
+    spread_limits: tuple[float, ...] = key(
+        (0.8, 1.25),
+        "energy heads: ratio of the distance between draws to that of a draw to its target, outside which training "
+        "warns; 1 is calibrated; empty = never",
+        low=0.0,
+        affects_result=False,
+    )
     coarse: LevelConfig = dataclasses.field(
         default_factory=lambda: LevelConfig(steps=8, mask_ratio="cosine", mask_ratio_low=0.0)
     )
@@ -446,12 +459,21 @@ class SampleConfig:
     coarse_steps: int = key(0, "passes for the coarse level; 0 = as in generator.coarse.steps", low=0)
     fine_steps: int = key(0, "passes for the fine level; 0 = as in generator.fine.steps", low=0)
     guidance_scale: float = key(1.0, "1 = off; h = s * conditional + (1 - s) * unconditional", low=0.0)
-    guidance_schedule: str = key("linear", "how guidance grows over a level's steps", choices=("constant", "linear"))
+    guidance_schedule: str = key("linear", "how guidance grows over a level's steps, or the scales", choices=SCHEDULES)
+    guidance_interval: tuple[float, ...] = key(
+        (0.0, 1.0), "schedule interval: first and last place of the guided steps or scales, from 0 to 1"
+    )
     temperature: float = key(1.0, "tau_infer of the energy head; see generator.energy.temperature_scales", low=0.0)
     coarse_temperature: float = key(1.0, "softmax temperature of discrete levels", low=0.0)
     top_k: int = key(0, "scales of codes: draw among the k most likely; 0 = all", low=0)
     top_p: float = key(
         0.0, "scales of codes: draw among the most likely that hold this probability; 0 = all", low=0.0, high=1.0
+    )
+    density_draws: int = key(
+        1, "energy head: draws of each token, or of a joint head's scale, that one is kept of; 1 = off", low=1, high=256
+    )
+    density_keep: float = key(
+        1.0, "fraction of them, where draws are densest, that it is kept from; 1 = no preference", above=0.0, high=1.0
     )
     format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"), read_by=("sample",))
 

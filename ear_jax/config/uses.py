@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ear_jax.config.kinds import KINDS, kind_of, levels, sampling_of
+from ear_jax.config.kinds import ENERGY_OPTIONS, KINDS, kind_of, levels, sampling_of
 from ear_jax.config.schema import IMAGES, USES, Config
 from ear_jax.config.values import flatten, leaves, unflatten
 from ear_jax.errors import ConfigError
@@ -33,7 +33,7 @@ def drawn_as(model: Config, config: Config) -> Config:
 
 def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> Iterator[str]:
     """Yield why keys of `config` cannot be given to `task` for a finished model; what it has already is no question."""
-    wanted, own, useless = flatten(config), flatten(model), _without_effect(model, config.sample.guidance_scale)
+    wanted, own, useless = flatten(config), flatten(model), _without_effect(model, vars(config.sample))
     for path in paths:
         if wanted[path] == own[path]:
             continue
@@ -70,7 +70,7 @@ def refusals_of_images(paths: Iterable[str], config: Config) -> Iterator[str]:
 
 def idle(paths: Iterable[str], config: Config) -> Iterator[str]:
     """Yield why keys cannot be given to a run: its kind of generator never reads them, or only another task does."""
-    wanted, useless = flatten(config), _without_effect(config, config.sample.guidance_scale)
+    wanted, useless = flatten(config), _without_effect(config, vars(config.sample))
     for path in paths:
         if path in useless and path.startswith("sample.") and wanted[path] != config.once.get(path, wanted[path]):
             yield f"config.{path}={wanted[path]!r}: has no effect on this model: {useless[path]}. Leave it out."
@@ -92,7 +92,7 @@ def sampling_asked(model: Config, options: Mapping[str, Any], *, unsaid: Mapping
     """
     asked, own = sampling_of(model, **options), sampling_of(model).record()
     found, faults = asked.record(), []
-    useless = _without_effect(model, found["guidance_scale"])
+    useless = _without_effect(model, found)
     for name, value in options.items():
         paths = ("sample.coarse_steps", "sample.fine_steps") if name == "steps" else (f"sample.{name}",)
         if unsaid and found[name] == unsaid[name]:
@@ -135,18 +135,28 @@ def unmeasured(task: str, paths: Iterable[str], config: Config) -> Iterator[str]
             )
 
 
-def _without_effect(model: Config, guidance_scale: float) -> dict[str, str]:
-    """Return the keys of drawing that this model never reads, with the reason."""
+def _without_effect(model: Config, asked: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of drawing that this model never reads with the options of `config.sample`, and the reason."""
     name, kind, drawn = model.generator.backbone.name, kind_of(model), {level.kind for level in levels(model)}
     found = {
         path: f"only {' or '.join(other for other in KINDS if path in KINDS[other].options)} reads it, this is {name}"
         for path in {path for other in KINDS.values() for path in other.options}
         if path not in kind.options
     }
-    if guidance_scale == 1:
-        found["sample.guidance_schedule"] = "guidance_scale=1 is no guidance"
+    if asked["guidance_schedule"] != "interval":
+        found["sample.guidance_interval"] = f"guidance_schedule={asked['guidance_schedule']} has no interval"
+    if asked["guidance_scale"] == 1:
+        found |= dict.fromkeys(
+            ("sample.guidance_schedule", "sample.guidance_interval"), "guidance_scale=1 is no guidance"
+        )
+    if asked["density_draws"] == 1:
+        found.setdefault("sample.density_keep", "density_draws=1 leaves no choice")
     if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):
         found["generator.diffusion.sample_steps"] = "only a diffusion head reads it"
+    else:
+        found |= dict.fromkeys(ENERGY_OPTIONS, "only an energy head reads it")
+    if "continuous" not in drawn:
+        found |= dict.fromkeys(set(ENERGY_OPTIONS) - found.keys(), "it draws no continuous level")
     of_ids = ("sample.coarse_temperature", "sample.top_k", "sample.top_p")
     for what, steps, options in (
         ("discrete", ("generator.coarse.steps", "sample.coarse_steps"), of_ids),

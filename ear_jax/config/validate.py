@@ -18,7 +18,7 @@ from ear_jax.sampling import seed_number
 
 def cross_faults(config: Config) -> list[Fault]:
     """Return every contradiction between keys; an empty list means the config is sound."""
-    return [
+    found = [
         *_general(config),
         *_data(config),
         *_tokenizer(config),
@@ -31,6 +31,7 @@ def cross_faults(config: Config) -> list[Fault]:
         *_evaluation(config),
         *_mesh(config),
     ]
+    return found or list(_drawn(config))
 
 
 def _general(config: Config) -> Iterator[Fault]:
@@ -222,12 +223,12 @@ def _generator(config: Config) -> Iterator[Fault]:
             f"train_steps={diffusion.train_steps}.",
             "generator.diffusion.train_steps",
         )
-    grids, limits = derive.coarse_grids(config), {}
+    grids, most = derive.coarse_grids(config), {}
     if derive.has_continuous(config):
-        limits["fine"] = kind.most_steps(config, kind.levels(config)[-1])
+        most["fine"] = kind.most_steps(config, kind.levels(config)[-1])
     if derive.has_coarse(config) and grids and _increase(grids):
-        limits["coarse"] = min(grids) ** 2
-    for level, limit in limits.items():
+        most["coarse"] = min(grids) ** 2
+    for level, limit in most.items():
         own, asked = getattr(generator, level).steps, getattr(config.sample, f"{level}_steps")
         for path, steps in ((f"generator.{level}.steps", own), (f"sample.{level}_steps", asked)):
             if steps > max(limit, 1):
@@ -239,6 +240,12 @@ def _generator(config: Config) -> Iterator[Fault]:
                     "tokenizer.name",
                     "generator.backbone.name",
                 )
+    limits = generator.spread_limits
+    if limits and not (len(limits) == 2 and limits[0] < 1 < limits[1]):
+        yield fault(
+            f"config.generator.spread_limits={_tuple(limits)} must be two numbers with 1 between them, such as "
+            "(0.8,1.25); leave it empty for no warning."
+        )
     for level in ("coarse", "fine"):
         plan = getattr(generator, level)
         if plan.mask_ratio == "truncated_normal" and plan.mask_ratio_low >= 1:
@@ -277,6 +284,14 @@ def _sampling(config: Config) -> Iterator[Fault]:
             "data.source",
             "data.shapes.classes",
         )
+
+
+def _drawn(config: Config) -> Iterator[Fault]:
+    # Only of a sound configuration can be told how it draws.
+    try:
+        kinds.sampling_of(config)
+    except ConfigError as error:
+        yield fault(f"config.sample.{error}", "generator.backbone.name", "generator.pyramid.scales")
 
 
 def _evaluation(config: Config) -> Iterator[Fault]:
@@ -324,5 +339,5 @@ def _increase(grids: tuple[int, ...]) -> bool:
     return min(grids) >= 1 and all(left < right for left, right in itertools.pairwise(grids))
 
 
-def _tuple(values: tuple[int | str, ...]) -> str:
+def _tuple(values: tuple[float | str, ...]) -> str:
     return f"({','.join(map(str, values))})"

@@ -77,6 +77,7 @@ _LARGEST_INTEGER = 2**63 - 1
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 _LISTS = {
     int: "a list of integers such as (1,2)",
+    float: "a list of numbers such as (0.5,1)",
     str: "a list of names such as (a,b)",
     int | str: "a list of ids or names such as (1,star)",
 }

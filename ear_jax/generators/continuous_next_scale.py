@@ -17,6 +17,7 @@ from ear_jax.generators import guidance
 from ear_jax.generators.coarse_scales import CoarseScales, coarse_heads
 from ear_jax.generators.kind import level_keys, trunk_of
 from ear_jax.generators.next_scale import UNDECAYED, FrozenVariable, growth
+from ear_jax.heads.density import by_density
 from ear_jax.heads.energy import EnergyHead
 from ear_jax.heads.joint import JointEnergyHead
 from ear_jax.nn.patches import patchify, unpatchify
@@ -166,7 +167,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
         B, branches = labels_B.shape[0], 2 if sampling.is_guided else 1
         condition = self.backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
         cache = self.backbone.empty_cache(branches * B)
-        shares = growth(len(self.levels), sampling.guidance_schedule).tolist()
+        shares = growth(len(self.levels), *sampling.guidance_growth).tolist()
         inputs, running, drawn = None, None, []
         for k in range(len(self.levels)):
             hidden, cache = self.backbone.extend(condition, inputs, k, cache)
@@ -186,6 +187,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
             mixed = (
                 hidden if scale is None else guidance.mix(hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :], scale)
             )
+            head = by_density(head, sampling.density_draws, sampling.density_keep)
             return head.sample(head.predict(mixed), keys_B, sampling.temperature)
         logits = head.predict(hidden)
         logits = (

@@ -148,7 +148,7 @@ def denoiser(
     process, B = generator.process(sampling.steps[0]), labels_B.shape[0]
     trained_steps = jnp.asarray(process.trained_steps)
     remaining = np.arange(len(process))  # at step t there are t more to go
-    shares = jnp.asarray(guidance.growth(remaining, len(process), sampling.guidance_schedule))
+    shares = jnp.asarray(guidance.growth(remaining, len(process), *sampling.guidance_growth))
 
     def denoise(noisy_BND: jax.Array, step: jax.Array) -> jax.Array:
         branches = 2 if sampling.is_guided else 1

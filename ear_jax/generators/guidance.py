@@ -6,6 +6,7 @@ is mixed (`guides`): hidden states before the head (energy), logits (softmax), o
 each of its own steps (`score`, diffusion).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-SCHEDULES = ("linear", "constant")
+from ear_jax.sampling import SCHEDULES, guided_passes
 
 
 def mix(
@@ -29,15 +30,20 @@ def at_step(guidance_scale: ArrayLike, share: ArrayLike) -> Any:
     return 1.0 + (guidance_scale - 1.0) * share
 
 
-def growth(masked_after: np.ndarray, tokens: int, schedule: str) -> np.ndarray:
+def growth(masked_after: np.ndarray, tokens: int, schedule: str, interval: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
     """Return float32 [steps]: the share g of the guidance that each step uses, s_step = 1 + (s - 1) g.
 
     `constant` is 1 everywhere; `linear` is MAR's (tokens - masked after the step) / tokens, whose last entry counts
-    one token as still masked, as the reference does.
+    one token as still masked, as the reference does; `interval` is 1 in the interval of the steps, in the order they
+    are taken, and 0 outside.
 
     Raises:
         ValueError: the schedule is unknown.
     """
+    if schedule == "interval":
+        is_guided = guided_passes(len(masked_after), interval)
+        number_of_step = np.argsort(np.argsort(-masked_after, kind="stable"), kind="stable")
+        return np.asarray(is_guided, np.float32)[number_of_step]
     if schedule == "constant":
         return np.ones(len(masked_after), np.float32)
     if schedule == "linear":

@@ -13,6 +13,7 @@ from ear_jax.generators import guidance
 from ear_jax.generators.kind import level_keys
 from ear_jax.generators.masked_sampler import fill_level, most_drawn
 from ear_jax.generators.masking import least_masked, mask_first, masked_after_steps, random_ranks, training_counts
+from ear_jax.heads.density import by_density
 from ear_jax.nn.patches import patchify, unpatchify
 from ear_jax.sampling import Sampling
 from ear_jax.types import Batch, Group, Head, LevelSpec, Metrics, Posterior, Tokens, usual_group
@@ -131,14 +132,14 @@ class MaskedGenerator(nnx.Module):
         table = masked_after_steps(spec.tokens, sampling.steps[number])
         level = fill_level(
             self.backbone,
-            self.heads[number],
+            by_density(self.heads[number], sampling.density_draws, sampling.density_keep),
             spec,
             context,
             labels_B,
             keys_B,
             random_ranks(level_keys(keys_B, 0), spec.tokens),
             jnp.asarray(table),
-            jnp.asarray(guidance.growth(table, spec.tokens, sampling.guidance_schedule)),
+            jnp.asarray(guidance.growth(table, spec.tokens, *sampling.guidance_growth)),
             guidance_scale=sampling.guidance_scale,
             temperature=sampling.coarse_temperature if spec.kind == "discrete" else sampling.temperature,
             most_drawn=most_drawn(table, spec.tokens),

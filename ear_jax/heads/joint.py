@@ -57,6 +57,8 @@ class JointEnergyHead(EnergyHead):
     Each window's score is strictly proper for what lies in it.
     """
 
+    draws_together = True
+
     def __init__(
         self,
         *,

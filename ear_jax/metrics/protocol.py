@@ -56,6 +56,9 @@ class SamplingProtocol:
         use_ema: Whether averaged weights were used.
         labels: How the classes were chosen, such as "balanced" or "as in the data".
         guidance_schedule: How guidance changes over the steps.
+        guidance_interval: First and last place of the guided steps, for the schedule `interval`.
+        density_draws: Draws that each continuous token is chosen from.
+        density_keep: Fraction of them, where draws are densest, that it is chosen from.
     """
 
     model: str
@@ -66,6 +69,9 @@ class SamplingProtocol:
     use_ema: bool
     labels: str = "balanced"
     guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    density_draws: int = 1
+    density_keep: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +110,8 @@ class Protocol:
             given["features"] = FeatureProtocol(**given["features"])
             if given.get("sampling") is not None:
                 sampling = dict(given["sampling"])
-                sampling["temperature"], sampling["steps"] = tuple(sampling["temperature"]), tuple(sampling["steps"])
-                given["sampling"] = SamplingProtocol(**sampling)
+                lists = {name: tuple(value) for name, value in sampling.items() if isinstance(value, list)}
+                given["sampling"] = SamplingProtocol(**sampling | lists)
             return cls(**given)
         except (TypeError, KeyError) as error:
             raise DataError(

@@ -65,6 +65,9 @@ def sampling_protocol(loaded: Pipeline, config: Config, model_digest: str, *, us
         steps=sampling_of(config).steps,
         use_ema=use_ema,
         guidance_schedule=settings.guidance_schedule,
+        guidance_interval=settings.guidance_interval,
+        density_draws=settings.density_draws,
+        density_keep=settings.density_keep,
     )
 
 

@@ -25,6 +25,7 @@ from ear_jax.stages.starting import Start
 from ear_jax.stages.tokenizer import held_out_batch
 from ear_jax.training.freezing import group_of
 from ear_jax.training.loop import ScoreHook, StageRun, train
+from ear_jax.training.spread import SpreadWatch
 from ear_jax.training.step import TrainState
 from ear_jax.types import Batch
 
@@ -113,6 +114,7 @@ def train_generator(session: Session) -> None:
         overwrite=take_over,
         score=_scores(session, pipeline) if config.evaluate.every_steps else None,
         score_every_steps=config.evaluate.every_steps,
+        remark=SpreadWatch(config, len(source)),
         initial=None if start is None else start.taken,
         held_out=held_out,
     )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from ear_jax.types import Group, usual_group
 
 GridHook = Callable[[int, TrainState], dict[str, np.ndarray]]
 """(step, state) -> pictures by name, uint8 [h, w, 3]; saving them is the hook's business, TensorBoard is the loop's."""
+
+RemarkHook = Callable[[int, Mapping[str, float]], Iterable[str]]
+"""(step, its numbers by name) -> what is to be said of them, as whole sentences."""
 
 ScoreHook = Callable[[int, TrainState], dict[str, float]]
 """(step, state) -> numbers by name; it must leave the state as it is. The loop writes them down."""
@@ -68,6 +71,7 @@ class StageRun:
     grid: GridHook | None = None
     score: ScoreHook | None = None
     score_every_steps: int = 0
+    remark: RemarkHook | None = None
     held_out: Callable[[], dict[str, np.ndarray]] | None = None
     profile_steps: tuple[int, ...] = ()
     tracker: Any = None
@@ -338,6 +342,9 @@ class _Watch:
             run.ledger.step(
                 run.stage, step, loss=values["loss"], grad_norm=values["grad_norm"], batch=batch_digest(index)
             )
+            for sentence in run.remark(step, values) if run.remark is not None else ():
+                self._progress.say(f"step {step}: {sentence}")
+                run.ledger.event("alarm", stage=run.stage, step=step, text=sentence)
         if in_a_row >= run.settings.max_nonfinite_in_a_row:
             raise NonFiniteError(
                 f"{in_a_row} updates in a row were not finite, up to step {step}; expected fewer than "

@@ -425,11 +425,14 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
     options: dict[str, Any] = dict(
         steps=(3, 2),
         guidance_scale=2.5,
-        guidance_schedule="constant",
+        guidance_schedule="interval",
+        guidance_interval=(0.25, 1.0),
         temperature=0.5,
         coarse_temperature=0.25,
         top_k=3,
         top_p=0.75,
+        density_draws=4,
+        density_keep=0.5,
     )
     for asked in ({"top_k": 3}, {"sampling": Sampling((2, 1), top_k=3)}):
         with pytest.raises(
@@ -437,7 +440,8 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
             match=r"top_k=3: has no effect on this model: only next_scale or ",
         ):
             model.sample([0], **asked)
-    reads_all = dataclasses.replace(kinds.KINDS["masked"], options=("sample.top_k", "sample.top_p"))
+    own = kinds.KINDS["masked"]
+    reads_all = dataclasses.replace(own, options=(*own.options, "sample.top_k", "sample.top_p"))
     monkeypatch.setitem(kinds.KINDS, "masked", reads_all)  # the only kind that reads them needs another model
     wanted = Sampling(**options)
     assert model.sampling(**options) == wanted and set(options) == {

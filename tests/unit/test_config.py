@@ -93,6 +93,7 @@ def test_override_texts_become_typed_values(path: str, text: str, expected: Any)
         ("data.image_px", "4", "expected an integer >= 8 and <= 4096"),
         ("tokenizer.coarse.grids", "(1,x)", "list of integers"),
         ("tokenizer.coarse.grids", "(1,2.5)", "list of integers"),
+        ("sample.guidance_interval", "(0,x)", "list of numbers"),
         ("tokenizer.name", "lite_hybird", "Did you mean 'lite_hybrid'?"),
     ],
 )

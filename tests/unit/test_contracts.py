@@ -391,7 +391,7 @@ class GeneratorCase:
             compiler_options=QUICK,
         )
         self.draw = jax.jit(lambda *args: self.module.draw(*args), compiler_options=QUICK)
-        self.sampling = kinds.sampling_of(self.config, steps=3, guidance_scale=2.0, top_k=6, top_p=0.9)
+        self.sampling = kinds.sampling_of(self.config, steps=3, guidance_scale=2.0, top_k=6, top_p=0.9, density_draws=3)
         self.tokens = Tokens(tuple(self._tokens(number) for number in range(len(self.spec.levels))))
 
     def _tokens(self, number: int) -> jax.Array:

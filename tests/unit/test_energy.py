@@ -12,6 +12,7 @@ from flax import nnx
 from random_weights import random_module
 
 from ear_jax.heads.energy import EnergyHead, distance, energy_score
+from ear_jax.heads.joint import JointEnergyHead
 
 
 def gaussian_distance(dimensions: int, alpha: float) -> float:
@@ -60,7 +61,7 @@ def test_score_ignores_the_order_of_draws_and_scales():
     )
 
 
-def make_head(**options: int) -> EnergyHead:
+def make_head(kind: type[EnergyHead] = EnergyHead, **options: Any) -> EnergyHead:
     """A head whose weights are all random; what holds for any head is in test_contracts.py."""
     settings: dict[str, Any] = {
         "hidden_width": 8,
@@ -69,7 +70,33 @@ def make_head(**options: int) -> EnergyHead:
         "depth": 2,
         "noise_channels": 5,
     } | options
-    return random_module(lambda rngs: EnergyHead(**settings, rngs=rngs))
+    return random_module(lambda rngs: kind(**settings, rngs=rngs))
+
+
+@pytest.mark.parametrize("is_joint", [False, True], ids=["token", "joint"])
+def test_any_exponent_temperature_and_number_of_draws_give_the_two_terms_of_the_loss(is_joint):
+    """Of both heads, against pairs counted one by one; the joint head's one window is a token."""
+    hidden, target = jax.random.normal(jax.random.key(0), (2, 2, 4, 8))
+    cases = [(0.25, 1.0, 2), (1.0, 0.9, 3), (1.9, 1.1, 5)]
+    extra = dict(windows=(1,), attention_heads=2) if is_joint else {}
+
+    def one(alpha: float, tau: float, m: int) -> Any:
+        head = make_head(JointEnergyHead if is_joint else EnergyHead, channels=8, samples=m, alpha=alpha, **extra)
+        noise = jax.random.uniform(jax.random.key(1), (m, 2, *head.noise_shape(4)), jnp.float32) - 0.5
+        mask = jnp.ones((2, 4), bool)
+        score = lambda hidden: head.loss_at(hidden, target, mask, noise, tau)  # noqa: E731
+        (loss, terms), slope = jax.value_and_grad(score, has_aux=True)(hidden)
+        projected = head.project(hidden)
+        return loss, terms, slope, head.draw(jnp.broadcast_to(projected, (m, *projected.shape)), noise)
+
+    found = jax.device_get(jax.jit(lambda: [one(*case) for case in cases])())
+    for (alpha, tau, m), (loss, terms, slope, draws) in zip(cases, found, strict=True):
+        apart = [np.linalg.norm(draws[i] - draws[j], axis=-1) ** alpha for i in range(m) for j in range(i)]
+        attraction = (np.linalg.norm(draws - np.asarray(target), axis=-1) ** alpha).mean()
+        np.testing.assert_allclose(terms["attraction"], attraction, rtol=1e-4)
+        np.testing.assert_allclose(terms["repulsion"], np.mean(apart), rtol=1e-4)
+        np.testing.assert_allclose(loss, 2 * attraction - tau * np.mean(apart), rtol=1e-4)
+        assert np.isfinite(slope).all() and np.abs(slope).max() > 0
 
 
 def test_the_first_gradient_reaches_the_output_though_all_draws_are_zero():

@@ -101,6 +101,9 @@ def test_guidance_scale_one_is_the_conditional_branch_and_growth_is_the_referenc
     table = masked_after_steps(256, 8)
     np.testing.assert_allclose(growth(table, 256, "linear")[[0, -1]], [5 / 256, 255 / 256])
     np.testing.assert_array_equal(growth(table, 256, "constant"), 1.0)
+    np.testing.assert_array_equal(growth(table, 256, "interval", (0.0, 0.5)), [1, 1, 1, 1, 0, 0, 0, 0])
+    remaining = np.arange(5)  # of a diffusion, whose last step has nothing to go
+    np.testing.assert_array_equal(growth(remaining, 5, "interval", (0.75, 1.0)), [1, 1, 0, 0, 0])
 
 
 def test_patches_are_channel_major_and_invertible():
@@ -184,7 +187,9 @@ def test_loss_covers_every_level_and_weights_them():
     generator = make_generator()
     loss, metrics = jax.jit(lambda b: generator.loss(b, jax.random.key(0), jnp.int32(0), {}))(batch())
     np.testing.assert_allclose(loss, metrics["loss/coarse"] + metrics["loss/fine"], rtol=1e-6)
-    assert np.isfinite(loss) and metrics["spread/fine"] > 0
+    terms = 2 * metrics["attraction/fine"] - metrics["repulsion/fine"]
+    np.testing.assert_allclose(terms, metrics["loss/fine"], rtol=1e-5)
+    assert np.isfinite(loss) and metrics["repulsion/fine"] > 0
 
 
 def test_head_kind_must_match_its_level():

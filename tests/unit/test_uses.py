@@ -9,6 +9,7 @@ from integration.tiny import tiny_config
 from ear_jax import build
 from ear_jax.config import kinds, read, uses
 from ear_jax.config.schema import IMAGES, USES, Config
+from ear_jax.config.validate import cross_faults
 from ear_jax.config.values import Leaf, flatten, leaves, unflatten
 from ear_jax.errors import ConfigError
 from ear_jax.nn.functional import functional
@@ -89,6 +90,7 @@ def test_every_key_given_to_a_finished_model_is_applied_or_refused_with_a_reason
 def test_python_refuses_an_option_where_the_command_line_does(changes: dict[str, Any]) -> None:
     model, seen = tiny_config(**changes), []
     asked = dict(guidance_schedule="constant", temperature=0.5, coarse_temperature=0.5, top_k=3, top_p=0.5)
+    asked |= dict(guidance_interval=(0.5, 1.0), density_draws=3, density_keep=0.5)
     for name, value in asked.items():
         path = f"sample.{name}"
         said = list(uses.refusals("sample", [path], unflatten({**flatten(model), path: value}), model))
@@ -107,12 +109,54 @@ def test_python_refuses_an_option_where_the_command_line_does(changes: dict[str,
     assert uses.sampling_asked(model, dict.fromkeys(own)).record() == own, "nor is what is left out"
     both = dict(guidance_scale=2, guidance_schedule="constant")
     assert uses.sampling_asked(model, both).guidance_schedule == "constant"
+    both = dict(guidance_scale=2, guidance_schedule="interval", guidance_interval=[0.5, 1])
+    assert uses.sampling_asked(model, both).guidance_interval == (0.5, 1.0)
+    if model.generator.backbone.name in ("masked", "continuous_next_scale"):
+        both = dict(density_draws=3, density_keep=0.5)
+        assert uses.sampling_asked(model, both).density_keep == 0.5
     if model.generator.backbone.name == "next_scale":
         with pytest.raises(
             ConfigError, match=r"steps=5: has no effect on this model: each of its levels takes one pass"
         ):
             uses.sampling_asked(model, {"steps": 5})
     assert uses.sampling_asked(model, {"steps": 1}).steps == (1,) * len(kinds.levels(model))
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (dict(density_draws=2), "density_draws=2: of two draws none lies denser"),
+        (dict(density_draws=257), "density_draws=257: expected an integer from 1 to 256"),
+        (dict(density_draws=4, density_keep=0), "density_keep=0: expected a number above 0"),
+        (dict(density_draws=4, density_keep=1.1), "density_keep=1.1: expected a number above 0, up to 1"),
+        (dict(density_keep=0.5), "density_keep=0.5: has no effect on this model: density_draws=1 leaves no choice"),
+        (dict(guidance_interval=(0.8, 0.2)), "guidance_interval=(0.8, 0.2): expected two numbers from 0 to 1"),
+        (dict(guidance_interval=0.5), "guidance_interval=0.5: expected two numbers"),
+        (dict(guidance_interval=(0.1, 0.2, 0.3)), "expected two numbers"),
+        (dict(guidance_interval=("a", 1)), "expected two numbers"),
+        (dict(guidance_interval=(0.4, 0.6)), "no pass lies in it, and none would be guided; the first of 2 is at 0"),
+    ],
+)
+def test_nonsense_of_intervals_and_densities_is_refused(asked: dict[str, Any], why: str) -> None:
+    model = tiny_config(**KINDS_OF_MODEL["continuous_next_scale"], generator__pyramid__scales=(2, 4))
+    guided = dict(guidance_scale=2, guidance_schedule="interval") if "guidance_interval" in asked else {}
+    with pytest.raises(ConfigError) as refused:
+        uses.sampling_asked(model, asked | guided)
+    assert why in str(refused.value)
+
+
+def test_an_interval_without_a_pass_is_refused_before_a_run_trains_for_it() -> None:
+    own = dict(sample__guidance_scale=2.0, sample__guidance_schedule="interval", sample__guidance_interval=(0.4, 0.4))
+    (fault,) = cross_faults(tiny_config(**KINDS_OF_MODEL["continuous_next_scale"], **own))
+    assert fault.text.startswith("config.sample.guidance_interval=(0.4, 0.4): no pass lies in it")
+
+
+def test_what_only_an_energy_head_reads_is_refused_for_others() -> None:
+    mar = tiny_config(**KINDS_OF_MODEL["mar"])
+    with pytest.raises(ConfigError, match="density_draws=4: has no effect on this model: only an energy head reads it"):
+        uses.sampling_asked(mar, dict(density_draws=4))
+    energy = tiny_config(**KINDS_OF_MODEL["mar"] | dict(generator__continuous_head="energy"))
+    assert uses.sampling_asked(energy, dict(density_draws=4)).density_draws == 4
 
 
 def _whole(model: Config, name: str, value: Any) -> Sampling:
