@@ -2,7 +2,7 @@
 
 A cache is a folder: `shard-00000/{level_0,mean,std,label,crc}.npy` per writing process and an `index.json` that is
 written last, so a folder without it is unfinished. Row r of shard p of P is image r*P + p. It knows arrays, not models.
-`crc` has a checksum of each row and side, compared whenever the row is read: a cache may be too large for that in advance.
+`crc` has a checksum of each row and side, compared whenever the row is read: a cache may be too large for that before.
 """
 
 import dataclasses

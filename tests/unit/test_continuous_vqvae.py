@@ -47,6 +47,7 @@ def test_tokens_are_what_the_encoder_gives_and_decode_as_the_decoder_does():
     @jax.jit
     def run():
         features, posterior = tokenizer.encoder(images), tokenizer.posterior(images)
+        assert posterior.mean is not None
         return features, posterior, tokenizer.decode(Tokens((posterior.mean,))), tokenizer.decoder(features)
 
     features, posterior, decoded, direct = run()
