@@ -14,8 +14,8 @@ from ear_jax.config.validate import cross_faults
 from ear_jax.errors import ConfigError
 from ear_jax.levels import LevelSpec
 from ear_jax.nn.functional import Keys, signature
-from ear_jax.tokenizers.latents import GaussianTokenizer
 from ear_jax.tokenizers.objective import TokenizerObjective
+from ear_jax.tokenizers.vqvae import ContinuousVQVAE
 from ear_jax.types import Tokens
 from ear_jax.weights.apply import ours_of, theirs_of
 from ear_jax.weights.families import registry
@@ -41,7 +41,7 @@ def test_its_one_level_fits_every_kind_of_one_continuous_level():
 def test_tokens_are_what_the_encoder_gives_and_decode_as_the_decoder_does():
     static, *arrays = random_weights(lambda keys: build.build_tokenizer(tiny_config(**BARE), rngs=keys))
     tokenizer = static.merge(arrays[0] | arrays[1])
-    assert isinstance(tokenizer, GaussianTokenizer)
+    assert isinstance(tokenizer, ContinuousVQVAE)
     images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1.0)
 
     @jax.jit
