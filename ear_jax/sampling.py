@@ -25,6 +25,7 @@ class Sampling:
         coarse_temperature: softmax temperature of discrete levels; 0 takes the most likely code.
         top_k: draw among the k most likely codes; 0 is all.
         top_p: draw among the most likely codes that hold this probability; 0 is all.
+        aggregate: copies of the backbone's input that are run and weighted, the first n of the trained; 0 is all.
     """
 
     steps: tuple[int, ...]
@@ -34,6 +35,7 @@ class Sampling:
     coarse_temperature: Any = 1.0
     top_k: int = 0
     top_p: float = 0.0
+    aggregate: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.guidance_scale, int | float) and self.guidance_scale == 1:
@@ -60,6 +62,7 @@ class SamplingOptions(TypedDict, total=False):
     coarse_temperature: Any
     top_k: Any
     top_p: Any
+    aggregate: Any
 
 
 TRACED = ("guidance_scale", "temperature", "coarse_temperature")

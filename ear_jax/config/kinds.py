@@ -165,7 +165,7 @@ KINDS |= {
     "next_scale": Kind(
         derive.tokenizer_levels, _one, faults=_next_scale_faults, options=("sample.top_k", "sample.top_p")
     ),
-    "continuous_next_scale": Kind(_pyramid_levels, _one, faults=_pyramid_faults),
+    "continuous_next_scale": Kind(_pyramid_levels, _one, faults=_pyramid_faults, options=("sample.aggregate",)),
     "dit": Kind(
         patched_levels,
         _trained_steps,
@@ -219,7 +219,13 @@ def sampling_of(config: Config, **options: Any) -> Sampling:
     named |= numbers | {
         "top_k": whole_number("top_k", named["top_k"]),
         "top_p": real_number("top_p", named["top_p"], high=1.0),
+        "aggregate": whole_number("aggregate", named["aggregate"]),
     }
+    copies = config.generator.aggregate.streams
+    if named["aggregate"] > copies > 1:
+        raise ConfigError(
+            f"aggregate={named['aggregate']}: this model has learned {copies} copies; use 1 to {copies}, or 0 for all."
+        )
     return Sampling(steps=_steps(config, steps), **named)
 
 

@@ -143,6 +143,8 @@ def _without_effect(model: Config, guidance_scale: float) -> dict[str, str]:
         for path in {path for other in KINDS.values() for path in other.options}
         if path not in kind.options
     }
+    if "sample.aggregate" in kind.options and model.generator.aggregate.streams == 1:
+        found["sample.aggregate"] = "generator.aggregate.streams=1 is one copy"
     if guidance_scale == 1:
         found["sample.guidance_schedule"] = "guidance_scale=1 is no guidance"
     if not (kind.has_streams and "continuous" in drawn and model.generator.continuous_head == "diffusion"):

@@ -1,6 +1,7 @@
 """ParScale-EAR's kind: next-scale prediction over continuous latents, an energy head draws a scale in one step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ear_jax.backbones.next_scale import NextScaleBackbone
+from ear_jax.backbones.parallel import ParallelBackbone
 from ear_jax.config import kinds
 from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
@@ -156,7 +158,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
             raise ValueError("scales are drawn from the first on, in one piece; give no context")
         B, branches = labels_B.shape[0], 2 if sampling.is_guided else 1
         condition = self.backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
-        cache = self.backbone.empty_cache(branches * B)
+        cache = self.backbone.empty_cache(branches * B, sampling.aggregate)
         shares = growth(len(self.levels), sampling.guidance_schedule).tolist()
         inputs, running, drawn = None, None, []
         for k in range(len(self.levels)):
@@ -254,7 +256,8 @@ def make_continuous_next_scale(
     generator, own = config.generator, config.generator.backbone
     levels, pyramid = kinds.levels(config), config.generator.pyramid
     (fine,) = spec.levels
-    backbone = NextScaleBackbone(
+    has_copies, copies = generator.aggregate.streams > 1, dataclasses.asdict(generator.aggregate)
+    backbone = (functools.partial(ParallelBackbone, **copies) if has_copies else NextScaleBackbone)(
         trunk_of(own, dtype),
         scales=tuple(level.grid for level in levels),
         input_channels=fine.size + 1,

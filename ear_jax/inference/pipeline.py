@@ -153,8 +153,9 @@ class Pipeline:
                 many as it can take. `guidance_scale` 1 is off; s * conditional + (1 - s) * unconditional, which grows
                 over a level's steps with `guidance_schedule` linear and does not with constant. `temperature` is
                 tau_infer of the continuous head, `coarse_temperature` that of the softmax. `top_k` and `top_p` keep
-                next-scale models to the most likely codes; 0 keeps all. An option that this model never reads is
-                refused.
+                next-scale models to the most likely codes; 0 keeps all. `aggregate` runs the first n of the copies of a
+                model that has learned several (config.generator.aggregate); 0 runs all. An option that this model never
+                reads is refused.
         """
         return uses.sampling_asked(self.config, options)
 
