@@ -140,7 +140,7 @@ class NextScaleBackbone(nnx.Module):
         return Condition(embedding_BE, blocks.astype(jnp.float32).reshape(self.trunk.depth, B, 6, -1), final)
 
     def empty_cache(self, batch: int, aggregate: int = 0) -> Cache:
-        """Return a cache for `batch` sequences, zeros in the dtype of products; `aggregate` is of `ParallelBackbone`."""
+        """Return a cache for `batch` sequences, zeros in the dtype of products; `ParallelBackbone` has `aggregate`."""
         tokens, width = self.position[...].shape
         shape = (self.trunk.depth, batch, tokens, self.trunk.heads, width // self.trunk.heads)
         return Cache(jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype))

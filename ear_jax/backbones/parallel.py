@@ -13,6 +13,9 @@ from ear_jax.nn.attention import unit_length
 from ear_jax.nn.layers import Linear
 from ear_jax.nn.transformer import Trunk
 
+PREFIXES = ("prefix_keys", "prefix_values")
+"""Names (last part of the path) of the parameters that part the copies; weight decay would pull them together."""
+
 
 class ParallelBackbone(NextScaleBackbone):
     """VAR's transformer run on `streams` copies of each sequence, whose hidden states are averaged with weights.

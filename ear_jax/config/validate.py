@@ -215,8 +215,8 @@ def _generator(config: Config) -> Iterator[Fault]:
         )
     elif asked > copies:
         yield fault(
-            f"config.sample.aggregate={asked} is more than config.generator.aggregate.streams={copies}, the copies that "
-            f"the model learns; use 1 to {copies}, or 0 for all."
+            f"config.sample.aggregate={asked} is more than the config.generator.aggregate.streams={copies} copies that "
+            f"are learned; use 1 to {copies}, or 0 for all."
         )
     if diffusion.sample_steps > diffusion.train_steps:
         yield fault(

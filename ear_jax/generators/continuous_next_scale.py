@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ear_jax.backbones.next_scale import NextScaleBackbone
-from ear_jax.backbones.parallel import ParallelBackbone
+from ear_jax.backbones.parallel import PREFIXES, ParallelBackbone
 from ear_jax.config import kinds
 from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
@@ -80,7 +80,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
         """Return VAR's group in the backbone and EAR's in the heads, whose matrices have a rate of their own."""
         if name.startswith("heads/") and name.endswith("/kernel"):
             return Group(decays=False, is_head=True)
-        return usual_group(name, *UNDECAYED)
+        return usual_group(name, *UNDECAYED, *PREFIXES)
 
     def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
         """Turn the tokenizer's map into the scales, as they are without noise."""

@@ -61,8 +61,6 @@ UNDECAYED = (
     "start_position",
     "level_embedding",
     "modulation_offset",
-    "prefix_keys",
-    "prefix_values",
 )
 """Names (last part of the path) of parameters without weight decay, besides biases and norms."""
 
