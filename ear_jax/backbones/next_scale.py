@@ -123,7 +123,12 @@ class NextScaleBackbone(nnx.Module):
             drop_label_B: images that lose their label.
             rng: key for dropout and dropped branches; None switches both off.
         """
-        return self._whole(inputs_BMD, self.condition(labels_B, drop_label_B), rng)
+        condition = self.condition(labels_B, drop_label_B)
+        tokens = jnp.concatenate([self._first(condition), self.embed(inputs_BMD)], axis=1)
+        levels_L = np.repeat(np.arange(len(self.scales)), np.square(self.scales))
+        hidden_BLE = tokens + self.position[...] + self.level_embedding[...][levels_L]
+        hidden_BLE, _ = self._run(hidden_BLE, condition, mask_NL=jnp.asarray(block_causal_mask(self.scales)), rng=rng)
+        return self._finish(hidden_BLE, condition)
 
     def condition(self, labels_B: Int[Array, "B"], drop_label_B: Bool[Array, "B"]) -> Condition:
         """Return what the classes do to the transformer; see `__call__` for the arguments."""
@@ -139,8 +144,8 @@ class NextScaleBackbone(nnx.Module):
         _, blocks = jax.lax.scan(lambda _, own: (None, nnx.merge(graphdef, own)(inner_BE)), None, weights)
         return Condition(embedding_BE, blocks.astype(jnp.float32).reshape(self.trunk.depth, B, 6, -1), final)
 
-    def empty_cache(self, batch: int, aggregate: int = 0) -> Cache:
-        """Return a cache for `batch` sequences, zeros in the dtype of products; `ParallelBackbone` has `aggregate`."""
+    def empty_cache(self, batch: int) -> Cache:
+        """Return a cache for `batch` sequences, zeros in the dtype of products."""
         tokens, width = self.position[...].shape
         shape = (self.trunk.depth, batch, tokens, self.trunk.heads, width // self.trunk.heads)
         return Cache(jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype))
@@ -154,32 +159,16 @@ class NextScaleBackbone(nnx.Module):
             condition: of the images, from `condition`.
             inputs_BND: the scale's inputs; None for the first scale, which has the class alone.
             k: number of the scale, from 0.
-            cache: keys and values of scales 0 … k - 1, behind those that stand in front of all scales.
+            cache: keys and values of scales 0 … k - 1.
         """
         start = sum(side**2 for side in self.scales[:k])
         stop = start + self.scales[k] ** 2
         tokens = self._first(condition) if inputs_BND is None else self.embed(inputs_BND)
         hidden_BNE = tokens + self.position[...][start:stop] + self.level_embedding[...][k]
-        front = cache.keys.shape[2] - self.position[...].shape[0]
-        start, stop = front + start, front + stop
         past = (cache.keys[:, :, :start], cache.values[:, :, :start])
         hidden_BNE, (keys, values) = self._run(hidden_BNE, condition, past=past)
         cache = Cache(cache.keys.at[:, :, start:stop].set(keys), cache.values.at[:, :, start:stop].set(values))
         return self._finish(hidden_BNE, condition), cache
-
-    def _whole(
-        self, inputs_BMD: jax.Array, condition: Condition, rng: jax.Array | None, front: Cache | None = None
-    ) -> jax.Array:
-        """Return hidden states of all scales in one pass; every token sees the keys and values in `front`, too."""
-        tokens = jnp.concatenate([self._first(condition), self.embed(inputs_BMD)], axis=1)
-        levels_L = np.repeat(np.arange(len(self.scales)), np.square(self.scales))
-        hidden_BLE = tokens + self.position[...] + self.level_embedding[...][levels_L]
-        mask_LL, past = block_causal_mask(self.scales), None
-        if front is not None:
-            mask_LL = np.pad(mask_LL, ((0, 0), (front.keys.shape[2], 0)), constant_values=True)
-            past = (front.keys, front.values)
-        hidden_BLE, _ = self._run(hidden_BLE, condition, mask_NL=jnp.asarray(mask_LL), past=past, rng=rng)
-        return self._finish(hidden_BLE, condition)
 
     def _first(self, condition: Condition) -> jax.Array:
         return condition.embedding[:, None] + self.start_position[...]

@@ -1,5 +1,6 @@
 """ParScale (arXiv 2505.10475): the same transformer on several copies of its input, joined by learned weights."""
 
+import copy
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ear_jax.backbones.next_scale import Cache, Condition, NextScaleBackbone, embedding_std
-from ear_jax.nn.attention import unit_length
+from ear_jax.nn.attention import KeysValues, unit_length
 from ear_jax.nn.layers import Linear
 from ear_jax.nn.transformer import Trunk
 
@@ -27,23 +28,22 @@ class ParallelBackbone(NextScaleBackbone):
     """
 
     def __init__(
-        self,
-        trunk: Trunk,
-        *,
-        streams: int,
-        prefix_tokens: int,
-        smoothing: float,
-        rngs: nnx.Rngs,
-        **of_trunk: Any,
+        self, trunk: Trunk, *, streams: int, prefix_tokens: int, smoothing: float, rngs: nnx.Rngs, **of_trunk: Any
     ):
         super().__init__(trunk, rngs=rngs, **of_trunk)
-        head_dim = trunk.width // trunk.heads
+        self.copies, head_dim = streams, trunk.width // trunk.heads
         shape = (trunk.depth, streams, prefix_tokens, trunk.heads, head_dim)
         # Keys of about unit length, which parts the copies; small values, which add little to what is there.
         keys, values = (nnx.initializers.normal(std) for std in (1 / math.sqrt(head_dim), 0.02))
         self.prefix_keys = nnx.Param(keys(rngs.params(), shape, jnp.float32))
         self.prefix_values = nnx.Param(values(rngs.params(), shape, jnp.float32))
         self.aggregation = Aggregation(trunk, streams=streams, smoothing=smoothing, rngs=rngs)
+
+    def first(self, copies: int) -> "ParallelBackbone":
+        """Return the backbone that runs the first copies alone, with the same parameters."""
+        fewer = copy.copy(self)
+        fewer.copies = copies
+        return fewer
 
     def __call__(
         self,
@@ -53,33 +53,53 @@ class ParallelBackbone(NextScaleBackbone):
         rng: jax.Array | None = None,
     ) -> Float[Array, "B L E"]:
         """Return what `NextScaleBackbone` does, of all copies together; each copy has its own dropout."""
-        copies, condition = self.aggregation.streams, self.condition(labels_B, drop_label_B)
-        front = self._prefix(labels_B.shape[0], copies)
-        inputs = jnp.repeat(inputs_BMD, copies, axis=0)
-        return self.aggregation(self._whole(inputs, _repeated(condition, copies), rng, front), copies)
+        inputs, labels, drop_label = map(self._copied, (inputs_BMD, labels_B, drop_label_B))
+        return self.aggregation(super().__call__(inputs, labels, drop_label, rng), self.copies)
 
-    def empty_cache(self, batch: int, aggregate: int = 0) -> Cache:
-        """Return a cache for the first `aggregate` copies (0 is all) of `batch` sequences, with their prefixes in."""
-        copies = aggregate or self.aggregation.streams
-        empty, prefix = super().empty_cache(batch * copies), self._prefix(batch, copies)
-        return jax.tree.map(lambda front, behind: jnp.concatenate([front, behind], axis=2), prefix, empty)
+    def empty_cache(self, batch: int) -> Cache:
+        """Return a cache for all copies of `batch` sequences."""
+        return super().empty_cache(batch * self.copies)
 
     def extend(
         self, condition: Condition, inputs_BND: Float[Array, "B N D"] | None, k: int, cache: Cache
     ) -> tuple[Float[Array, "B N E"], Cache]:
-        """Do what `NextScaleBackbone` does with the copies that the cache is for."""
-        copies = cache.keys.shape[1] // condition.embedding.shape[0]
-        inputs = None if inputs_BND is None else jnp.repeat(inputs_BND, copies, axis=0)
-        hidden, cache = super().extend(_repeated(condition, copies), inputs, k, cache)
-        return self.aggregation(hidden, copies), cache
+        """Do what `NextScaleBackbone` does: condition and inputs are of the sequences, the cache is of all copies."""
+        of_copies = Condition(
+            self._copied(condition.embedding), self._copied(condition.blocks, 1), self._copied(condition.final)
+        )
+        inputs = None if inputs_BND is None else self._copied(inputs_BND)
+        hidden, cache = super().extend(of_copies, inputs, k, cache)
+        return self.aggregation(hidden, self.copies), cache
 
-    def _prefix(self, batch: int, copies: int) -> Cache:
-        """Return the keys and values in front of the first copies of every sequence; copies follow one another."""
+    def _copied(self, leaf: jax.Array, axis: int = 0) -> jax.Array:
+        """Return a row for each copy; those of a sequence follow one another, so that devices keep their images."""
+        return jnp.repeat(leaf, self.copies, axis=axis)
+
+    def _run(
+        self,
+        hidden_BNE: jax.Array,
+        condition: Condition,
+        *,
+        mask_NL: jax.Array | None = None,
+        past: KeysValues | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        front = self._front(hidden_BNE.shape[0] // self.copies)
+        if mask_NL is not None:
+            mask_NL = jnp.pad(mask_NL, ((0, 0), (front[0].shape[2], 0)), constant_values=True)
+        if past is not None:
+            keys, values = (jnp.concatenate(both, axis=2) for both in zip(front, past, strict=True))
+            front = keys, values
+        return super()._run(hidden_BNE, condition, mask_NL=mask_NL, past=front, rng=rng)
+
+    def _front(self, batch: int) -> KeysValues:
+        """Return the prefixes of all layers and copies, [depth, B P, n, H, K]."""
         keys, values = self.prefix_keys[...], self.prefix_values[...]
         if self.blocks.attention.log_scale is not None:
             keys = unit_length(keys)
         dtype = self.trunk.dtype
-        return Cache(*(jnp.tile(own[:, :copies].astype(dtype), (1, batch, 1, 1, 1)) for own in (keys, values)))
+        keys, values = (jnp.tile(own[:, : self.copies].astype(dtype), (1, batch, 1, 1, 1)) for own in (keys, values))
+        return keys, values
 
 
 class Aggregation(nnx.Module):
@@ -108,10 +128,3 @@ class Aggregation(nnx.Module):
         logits = self.contract(jax.nn.silu(self.expand(padded.reshape(B, N, -1))))[..., :copies]
         weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         return weights * (1 - self.smoothing) + self.smoothing / copies
-
-
-def _repeated(condition: Condition, copies: int) -> Condition:
-    embedding, blocks, final = condition.embedding, condition.blocks, condition.final
-    return Condition(
-        jnp.repeat(embedding, copies, axis=0), jnp.repeat(blocks, copies, axis=1), jnp.repeat(final, copies, axis=0)
-    )

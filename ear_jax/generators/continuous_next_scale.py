@@ -157,12 +157,15 @@ class ContinuousNextScaleGenerator(nnx.Module):
         if context:
             raise ValueError("scales are drawn from the first on, in one piece; give no context")
         B, branches = labels_B.shape[0], 2 if sampling.is_guided else 1
-        condition = self.backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
-        cache = self.backbone.empty_cache(branches * B, sampling.aggregate)
+        backbone = self.backbone
+        if isinstance(backbone, ParallelBackbone) and sampling.aggregate:
+            backbone = backbone.first(sampling.aggregate)
+        condition = backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
+        cache = backbone.empty_cache(branches * B)
         shares = growth(len(self.levels), sampling.guidance_schedule).tolist()
         inputs, running, drawn = None, None, []
         for k in range(len(self.levels)):
-            hidden, cache = self.backbone.extend(condition, inputs, k, cache)
+            hidden, cache = backbone.extend(condition, inputs, k, cache)
             if sampling.is_guided:
                 hidden = guidance.mix(hidden[:B], hidden[B:], guidance.at_step(sampling.guidance_scale, shares[k]))
             head = self._head(k)
