@@ -221,12 +221,20 @@ def sampling_of(config: Config, **options: Any) -> Sampling:
         "top_p": real_number("top_p", named["top_p"], high=1.0),
         "aggregate": whole_number("aggregate", named["aggregate"]),
     }
-    copies = config.generator.aggregate.streams
-    if named["aggregate"] > copies > 1:
-        raise ConfigError(
-            f"aggregate={named['aggregate']}: this model has learned {copies} copies; use 1 to {copies}, or 0 for all."
-        )
+    if config.generator.aggregate.streams > 1 and (said := too_many_copies(config, named["aggregate"])):
+        raise ConfigError(said)
     return Sampling(steps=_steps(config, steps), **named)
+
+
+def too_many_copies(config: Config, asked: int) -> str:
+    """Return why so many copies cannot be run, or nothing where as many are learned."""
+    copies = config.generator.aggregate.streams
+    if asked <= copies:
+        return ""
+    return (
+        f"aggregate={asked}: is more than the config.generator.aggregate.streams={copies} that are learned; "
+        f"use at most {copies}, or 0 for all."
+    )
 
 
 _OWN = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "steps")

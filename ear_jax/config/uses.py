@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ear_jax.config.kinds import KINDS, kind_of, levels, sampling_of
+from ear_jax.config.kinds import KINDS, kind_of, levels, sampling_of, too_many_copies
 from ear_jax.config.schema import IMAGES, USES, Config
 from ear_jax.config.values import flatten, leaves, unflatten
 from ear_jax.errors import ConfigError
@@ -43,6 +43,8 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
             yield f"{start}has no effect beside config.{asked}={wanted[asked]}. Drop one."
         elif path in useless:
             yield f"{start}has no effect on this model: {useless[path]}. Leave it out."
+        elif path == "sample.aggregate" and (said := too_many_copies(model, wanted[path])):
+            yield f"config.sample.{said}"
         elif task not in metadata["read_by"]:
             readers = [name for name in USES if name in metadata["read_by"]]
             if readers or metadata["is_asked"]:
@@ -69,13 +71,21 @@ def refusals_of_images(paths: Iterable[str], config: Config) -> Iterator[str]:
 
 
 def idle(paths: Iterable[str], config: Config) -> Iterator[str]:
-    """Yield why keys cannot be given to a run: its kind of generator never reads them, or only another task does."""
+    """Yield why keys cannot be given to a run: its generator does not read them so, or only another task does."""
     wanted, useless = flatten(config), _without_effect(config, config.sample.guidance_scale)
-    for path in paths:
-        if path in useless and path.startswith("sample.") and wanted[path] != config.once.get(path, wanted[path]):
+    given = [path for path in paths if wanted[path] != config.once.get(path, wanted[path])]
+    refused = [path for path in given if path in useless and path.startswith("sample.")]
+    if "sample.aggregate" not in refused and (said := too_many_copies(config, config.sample.aggregate)):
+        yield f"config.sample.{said}"
+    of_copies = {"generator.aggregate.prefix_tokens", "generator.aggregate.smoothing"}
+    for path in paths if config.generator.aggregate.streams == 1 else ():
+        if path in of_copies:
+            yield f"config.{path}={wanted[path]!r}: has no effect, generator.aggregate.streams=1 is one copy. Raise that."
+    for path in given:
+        if path in refused:
             yield f"config.{path}={wanted[path]!r}: has no effect on this model: {useless[path]}. Leave it out."
         task = _OTHERS.get(path, _OTHERS.get(path.partition(".")[0]))
-        if task and wanted[path] != config.once.get(path, wanted[path]):
+        if task:
             yield f"config.{path}={wanted[path]!r}: --task=run does not read it, --task={task} does. Leave it out."
 
 

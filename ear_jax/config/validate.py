@@ -206,17 +206,12 @@ def _generator(config: Config) -> Iterator[Fault]:
         return
     kind = kinds.kind_of(config)
     yield from kind.faults(config)
-    copies, asked = generator.aggregate.streams, config.sample.aggregate
+    copies = generator.aggregate.streams
     if copies > 1 and "sample.aggregate" not in kind.options:
         able = " or ".join(name for name, other in kinds.KINDS.items() if "sample.aggregate" in other.options)
         yield fault(
             f"config.generator.aggregate.streams={copies} is not for config.generator.backbone.name={backbone.name}, "
             f"only for {able}; leave it at 1."
-        )
-    elif asked > copies:
-        yield fault(
-            f"config.sample.aggregate={asked} is more than the config.generator.aggregate.streams={copies} copies that "
-            f"are learned; use 1 to {copies}, or 0 for all."
         )
     if diffusion.sample_steps > diffusion.train_steps:
         yield fault(

@@ -1,5 +1,6 @@
 """ParScale: copies of the backbone's input behind learned prefixes, joined by learned weights."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from random_weights import random_weights
 from ear_jax import build
 from ear_jax.backbones.parallel import ParallelBackbone
 from ear_jax.config import kinds, read, uses
+from ear_jax.config.validate import cross_faults
 from ear_jax.config.values import flatten, unflatten
 from ear_jax.errors import ConfigError
 from ear_jax.generators.kind import image_keys
@@ -164,15 +166,29 @@ def test_copies_where_there_are_none_or_not_so_many_are_refused_with_the_key():
 
     said = faults(generator__backbone__name="masked")
     assert "aggregate.streams=3 is not for" in said and "only for continuous_next_scale" in said
-    assert "sample.aggregate=4 is more than the config" in faults(sample__aggregate=4)
     for key, bad in (("prefix_tokens", 0), ("streams", 0), ("smoothing", 1.5)):
         assert f"config.generator.aggregate.{key}={str(bad)!r}" in faults(**{f"generator__aggregate__{key}": bad})
 
 
 def test_fewer_copies_are_asked_for_by_an_option_that_other_models_refuse():
     assert uses.sampling_asked(PARALLEL, {"aggregate": 2}).aggregate == 2
-    with pytest.raises(ConfigError, match=r"^aggregate=4: this model has learned 3 copies; use 1 to 3, or 0 for all"):
+    with pytest.raises(
+        ConfigError, match=r"^aggregate=4: is more than the .*streams=3 .*; use at most 3, or 0 for all"
+    ):
         uses.sampling_asked(PARALLEL, {"aggregate": 4})
+    many = unflatten({**flatten(PARALLEL), "sample.aggregate": 4})
+    # A recipe that says nothing of copies, beside a model that has learned them: the model counts.
+    recipe = unflatten({**flatten(PLAIN), "sample.aggregate": 2})
+    assert not cross_faults(recipe) and not list(uses.refusals("sample", ["sample.aggregate"], recipe, PARALLEL))
+    for said in (uses.refusals("sample", ["sample.aggregate"], many, PARALLEL), uses.idle([], many)):
+        assert [text.partition(" ")[0] for text in said] == ["config.sample.aggregate=4:"]
+    asked = dataclasses.replace(recipe, once={"sample.aggregate": 0})
+    for config, paths, reason in ((recipe, [], "use at most 1"), (asked, ["sample.aggregate"], "is one copy")):
+        (said,) = uses.idle(paths, config)
+        assert reason in said
+    (said,) = uses.idle(["generator.aggregate.streams", "generator.aggregate.smoothing"], PLAIN)
+    assert said.startswith("config.generator.aggregate.smoothing=0.1: has no effect")
+    assert not list(uses.idle(["generator.aggregate.smoothing"], PARALLEL))
     for model, reason in ((PLAIN, "is one copy"), (tiny_config(), "only continuous_next_scale reads it")):
         asked = unflatten({**flatten(model), "sample.aggregate": 2})
         with pytest.raises(ConfigError) as refused:
