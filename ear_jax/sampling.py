@@ -33,6 +33,7 @@ class Sampling:
         top_p: draw among the most likely codes that hold this probability; 0 is all.
         density_draws: draws of each continuous token, of which one is kept; 1 keeps the one.
         density_keep: fraction of them, the densest, that it is kept from; an argument as well.
+        aggregate: copies of the backbone's input that are run and weighted, the first n of the trained; 0 is all.
     """
 
     steps: tuple[int, ...]
@@ -45,6 +46,7 @@ class Sampling:
     top_p: float = 0.0
     density_draws: int = 1
     density_keep: Any = 1.0
+    aggregate: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.guidance_scale, int | float) and self.guidance_scale == 1:
@@ -80,6 +82,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: Any
     density_draws: Any
     density_keep: Any
+    aggregate: Any
 
 
 TRACED = ("guidance_scale", "temperature", "coarse_temperature", "density_keep")

@@ -193,7 +193,7 @@ class NextScaleBackbone(nnx.Module):
         def apply(block: ModulatedBlock, hidden: jax.Array, layer: tuple) -> tuple[jax.Array, KeysValues | None]:
             modulation, own_past, rate, key = layer
             hidden, now = block(hidden, modulation, mask_NL=mask_NL, past=own_past, drop_rate=rate, rng=key)
-            return hidden, None if past is None else now
+            return hidden, now if mask_NL is None else None
 
         layers = (condition.blocks, past, rates, keys)
         return run_stack(self.blocks, apply, hidden_BNE, layers, trunk=self.trunk)

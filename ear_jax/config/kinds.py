@@ -251,7 +251,7 @@ KINDS |= {
         _pyramid_levels,
         _one,
         faults=_pyramid_faults,
-        options=("sample.top_k", "sample.top_p", *ENERGY_OPTIONS),
+        options=("sample.top_k", "sample.top_p", "sample.aggregate", *ENERGY_OPTIONS),
         starts_from=("next_scale",),
         **_SCALES,
     ),
@@ -326,9 +326,12 @@ def sampling_of(config: Config, **options: Any) -> Sampling:
     named |= numbers | {
         "top_k": whole_number("top_k", named["top_k"]),
         "top_p": real_number("top_p", named["top_p"], high=1.0),
+        "aggregate": whole_number("aggregate", named["aggregate"]),
         "guidance_interval": interval("guidance_interval", named["guidance_interval"]),
         "density_draws": whole_number("density_draws", named["density_draws"], low=1, high=256),
     }
+    if config.generator.aggregate.streams > 1 and (said := too_many_copies(config, named["aggregate"])):
+        raise ConfigError(said)
     if 1 < named["density_draws"] < LEAST_DENSITY_DRAWS:
         raise ConfigError(
             f"density_draws={named['density_draws']}: of two draws none lies denser than the other; expected 1, which "
@@ -346,6 +349,17 @@ def sampling_of(config: Config, **options: Any) -> Sampling:
                 f"first of {' and '.join(map(str, passes))} is at 0, the last at 1, with equal distances."
             )
     return sampling
+
+
+def too_many_copies(config: Config, asked: int) -> str:
+    """Return why so many copies cannot be run, or nothing where as many are learned."""
+    copies = config.generator.aggregate.streams
+    if asked <= copies:
+        return ""
+    return (
+        f"aggregate={asked}: is more than the config.generator.aggregate.streams={copies} that are learned; "
+        f"use at most {copies}, or 0 for all."
+    )
 
 
 _OWN = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "steps")

@@ -334,6 +334,18 @@ class PyramidConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AggregateConfig:
+    """ParScale for continuous_next_scale: copies of the backbone's input, each behind a learned prefix, joined again.
+
+    All of the backbone's work is done once for each copy.
+    """
+
+    streams: int = key(1, "copies; 1 = off", low=1, high=64)
+    prefix_tokens: int = key(8, "learned keys and values in front of each copy, a layer (the paper: 48)", low=1)
+    smoothing: float = key(0.1, "s: each copy weighs s / streams at least", low=0.0, high=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """Gaussian diffusion: MAR's head for continuous tokens, or the process of a dit backbone."""
 
@@ -380,6 +392,7 @@ class GeneratorConfig:
     continuous_head: str = key("energy", "head of continuous levels", choices=("energy", "diffusion"))
     energy: EnergyHeadConfig = group(EnergyHeadConfig)
     pyramid: PyramidConfig = group(PyramidConfig)
+    aggregate: AggregateConfig = group(AggregateConfig)
     diffusion: DiffusionConfig = group(DiffusionConfig)
     softmax: SoftmaxHeadConfig = group(SoftmaxHeadConfig)
     patch_size: int = key(1, "side of the squares of latent pixels that make one fine token", low=1, high=16)
@@ -475,6 +488,7 @@ class SampleConfig:
     density_keep: float = key(
         1.0, "fraction of them, where draws are densest, that it is kept from; 1 = no preference", above=0.0, high=1.0
     )
+    aggregate: int = key(0, "copies run of generator.aggregate.streams, the first n; 0 = all", low=0)
     format: str = key("png", "single files and a grid, or one .npz", choices=("png", "npz"), read_by=("sample",))
 
 

@@ -1,9 +1,9 @@
 """What a call may ask of a finished model: keys of drawing are applied, the others are refused with the reason."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ear_jax.config.kinds import ENERGY_OPTIONS, KINDS, kind_of, levels, sampling_of
+from ear_jax.config.kinds import ENERGY_OPTIONS, KINDS, kind_of, levels, sampling_of, too_many_copies
 from ear_jax.config.schema import IMAGES, USES, Config
 from ear_jax.config.values import flatten, leaves, unflatten
 from ear_jax.errors import ConfigError
@@ -43,6 +43,8 @@ def refusals(task: str, paths: Iterable[str], config: Config, model: Config) -> 
             yield f"{start}has no effect beside config.{asked}={wanted[asked]}. Drop one."
         elif path in useless:
             yield f"{start}has no effect on this model: {useless[path]}. Leave it out."
+        elif path == "sample.aggregate" and (said := too_many_copies(model, wanted[path])):
+            yield f"config.sample.{said}"
         elif task not in metadata["read_by"]:
             readers = [name for name in USES if name in metadata["read_by"]]
             if readers or metadata["is_asked"]:
@@ -68,14 +70,22 @@ def refusals_of_images(paths: Iterable[str], config: Config) -> Iterator[str]:
             )
 
 
-def idle(paths: Iterable[str], config: Config) -> Iterator[str]:
-    """Yield why keys cannot be given to a run: its kind of generator never reads them, or only another task does."""
+def idle(paths: Collection[str], config: Config) -> Iterator[str]:
+    """Yield why keys cannot be given to a run: its generator does not read them so, or only another task does."""
     wanted, useless = flatten(config), _without_effect(config, vars(config.sample))
-    for path in paths:
-        if path in useless and path.startswith("sample.") and wanted[path] != config.once.get(path, wanted[path]):
+    given = [path for path in paths if wanted[path] != config.once.get(path, wanted[path])]
+    refused = [path for path in given if path in useless and path.startswith("sample.")]
+    if "sample.aggregate" not in refused and (said := too_many_copies(config, config.sample.aggregate)):
+        yield f"config.sample.{said}"
+    of_copies = {"generator.aggregate.prefix_tokens", "generator.aggregate.smoothing"}
+    for path in paths if config.generator.aggregate.streams == 1 else ():
+        if path in of_copies:
+            yield f"config.{path}={wanted[path]!r}: has no effect, streams=1 is one copy. Raise that."
+    for path in given:
+        if path in refused:
             yield f"config.{path}={wanted[path]!r}: has no effect on this model: {useless[path]}. Leave it out."
         task = _OTHERS.get(path, _OTHERS.get(path.partition(".")[0]))
-        if task and wanted[path] != config.once.get(path, wanted[path]):
+        if task:
             yield f"config.{path}={wanted[path]!r}: --task=run does not read it, --task={task} does. Leave it out."
 
 
@@ -143,6 +153,8 @@ def _without_effect(model: Config, asked: Mapping[str, Any]) -> dict[str, str]:
         for path in {path for other in KINDS.values() for path in other.options}
         if path not in kind.options
     }
+    if "sample.aggregate" in kind.options and model.generator.aggregate.streams == 1:
+        found["sample.aggregate"] = "generator.aggregate.streams=1 is one copy"
     if asked["guidance_schedule"] != "interval":
         found["sample.guidance_interval"] = f"guidance_schedule={asked['guidance_schedule']} has no interval"
     if asked["guidance_scale"] == 1:

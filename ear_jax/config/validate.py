@@ -217,6 +217,13 @@ def _generator(config: Config) -> Iterator[Fault]:
             f"config.generator.freeze={','.join(generator.freeze)} would freeze random weights; give "
             "config.generator.start_from=MODEL, or leave it out."
         )
+    copies = generator.aggregate.streams
+    if copies > 1 and "sample.aggregate" not in kind.options:
+        able = " or ".join(name for name, other in kinds.KINDS.items() if "sample.aggregate" in other.options)
+        yield fault(
+            f"config.generator.aggregate.streams={copies} is not for config.generator.backbone.name={backbone.name}, "
+            f"only for {able}; leave it at 1."
+        )
     if diffusion.sample_steps > diffusion.train_steps:
         yield fault(
             f"config.generator.diffusion.sample_steps={diffusion.sample_steps} is more than "

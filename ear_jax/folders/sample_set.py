@@ -16,6 +16,7 @@ from ear_jax.array_files import open_archive
 from ear_jax.errors import StorageError
 from ear_jax.files import as_storage_error, check_free_space, digest_of, read_json, write_json
 from ear_jax.folders.pictures import sample_name, save_images, save_npz
+from ear_jax.sampling import Sampling
 
 RECORD = "made_from.json"
 _IMAGES = re.compile(r"\d{6,}_.*\.png|samples_\d+\.(npz|partial)|grid\.png")
@@ -23,10 +24,13 @@ _IMAGES = re.compile(r"\d{6,}_.*\.png|samples_\d+\.(npz|partial)|grid\.png")
 
 def choose_folder(folder: Path, request: Mapping[str, Any]) -> tuple[Path, str | None]:
     """Return where a request's images go: `folder`, or a sibling where it holds those of another; and why, if so."""
-    if not _holds_images(folder) or read_json(folder / RECORD) == request:
+    found = read_json(folder / RECORD)
+    if found is not None and isinstance(found.get("sampling"), dict):
+        # An option that an earlier version did not have was what it is where nobody asks.
+        found["sampling"] = {**Sampling(()).record(), **found["sampling"]}
+    if not _holds_images(folder) or found == request:
         return folder, None
     other = folder.with_name(f"{folder.name}-{digest_of(json.dumps(request, sort_keys=True))[:8]}")
-    found = read_json(folder / RECORD)
     if found is None:
         return other, f"{folder} has images and no record of what they were made from; they are kept"
     was, wanted = _flat(found), _flat(request)

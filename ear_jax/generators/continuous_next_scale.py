@@ -1,6 +1,7 @@
 """ParScale-EAR's kind: next-scale prediction over continuous latents, an energy head draws a scale in one step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ear_jax.backbones.next_scale import NextScaleBackbone
+from ear_jax.backbones.parallel import PREFIXES, ParallelBackbone
 from ear_jax.config import kinds
 from ear_jax.config.schema import Config
 from ear_jax.generators import guidance
@@ -87,7 +89,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
         """Return VAR's group in the backbone and EAR's in the heads, whose matrices have a rate of their own."""
         if name.startswith("heads/") and name.endswith("/kernel"):
             return Group(decays=False, is_head=True)
-        return usual_group(name, *UNDECAYED)
+        return usual_group(name, *UNDECAYED, *PREFIXES)
 
     def to_levels(self, tokens: Tokens) -> tuple[jax.Array, ...]:
         """Turn the tokenizer's map into the scales, as they are without noise."""
@@ -165,12 +167,15 @@ class ContinuousNextScaleGenerator(nnx.Module):
         if context:
             raise ValueError("scales are drawn from the first on, in one piece; give no context")
         B, branches = labels_B.shape[0], 2 if sampling.is_guided else 1
-        condition = self.backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
-        cache = self.backbone.empty_cache(branches * B)
+        backbone = self.backbone
+        if isinstance(backbone, ParallelBackbone) and sampling.aggregate:
+            backbone = backbone.first(sampling.aggregate)
+        condition = backbone.condition(jnp.concatenate([labels_B] * branches), jnp.arange(branches * B) >= B)
+        cache = backbone.empty_cache(branches * B)
         shares = growth(len(self.levels), *sampling.guidance_growth).tolist()
         inputs, running, drawn = None, None, []
         for k in range(len(self.levels)):
-            hidden, cache = self.backbone.extend(condition, inputs, k, cache)
+            hidden, cache = backbone.extend(condition, inputs, k, cache)
             scale = guidance.at_step(sampling.guidance_scale, shares[k]) if sampling.is_guided else None
             drawn.append(self._draw_level(hidden, scale, k, level_keys(keys_B, k), sampling))
             if k < len(self.levels) - 1:
@@ -304,7 +309,8 @@ def make_continuous_next_scale(
     fine, first = spec.levels[-1], kinds.pyramid_first(config)
     books = config.tokenizer.coarse
     coarse = CoarseScales([it.grid for it in first], books.codes, books.code_channels, rngs=rngs) if first else None
-    backbone = NextScaleBackbone(
+    has_copies, copies = generator.aggregate.streams > 1, dataclasses.asdict(generator.aggregate)
+    backbone = (functools.partial(ParallelBackbone, **copies) if has_copies else NextScaleBackbone)(
         trunk_of(own, dtype),
         scales=tuple(level.grid for level in levels),
         input_channels=fine.size + (books.code_channels if first else 0) + 1,

@@ -15,7 +15,7 @@ from ear_jax.types import Batch, Group, LevelSpec, Metrics, Tokens
 jax.tree_util.register_dataclass(
     Sampling,
     data_fields=TRACED,
-    meta_fields=("steps", "guidance_schedule", "guidance_interval", "top_k", "top_p", "density_draws"),
+    meta_fields=("steps", "guidance_schedule", "guidance_interval", "top_k", "top_p", "density_draws", "aggregate"),
 )
 
 

@@ -155,7 +155,8 @@ class Pipeline:
                 interval is on only in `guidance_interval`, from 0 (the first of them) to 1 (the last). `temperature`
                 is tau_infer of the continuous head, `coarse_temperature` that of the softmax. `top_k` and `top_p` keep
                 next-scale models to the most likely codes; 0 keeps all. `density_draws` lets an energy head draw every
-                token so often and keep one of the densest fraction `density_keep`. An option that this model never
+                token so often and keep one of the densest fraction `density_keep`. `aggregate` runs the first n of the
+                copies of a model that has learned several; 0 runs all. An option that this model never
                 reads is refused.
         """
         return uses.sampling_asked(self.config, options)

@@ -9,6 +9,7 @@ import pytest
 from ear_jax.errors import StorageError
 from ear_jax.folders import pictures
 from ear_jax.folders.sample_set import PackedSampleSet, SampleSet, choose_folder
+from ear_jax.sampling import Sampling
 
 NAMES = ("cat", "dog")
 
@@ -62,6 +63,10 @@ def test_a_request_keeps_its_folder_and_leaves_others_alone(tmp_path: Path) -> N
     single.begin(request | {"drawing": grouped})
     why = choose_folder(folder, request | {"drawing": grouped | {"sampling.98": 1}})[1]
     assert "(sampling.98 0 → 1)" in str(why), "only what differs of a group"
+    own = Sampling((1,), guidance_scale=2.0).record()
+    single.begin(request | {"sampling": {name: value for name, value in own.items() if name != "aggregate"}})
+    assert choose_folder(folder, request | {"sampling": own}) == (folder, None), "an option of a later version"
+    assert "(aggregate 0 → 2)" in str(choose_folder(folder, request | {"sampling": own | {"aggregate": 2}})[1])
     single.begin(request)
     (folder / "made_from.json").unlink()
     assert "no record" in str(choose_folder(folder, request)[1])
