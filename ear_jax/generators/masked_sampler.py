@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ear_jax.generators import guidance
 from ear_jax.generators.kind import level_keys
 from ear_jax.generators.masking import mask_first
-from ear_jax.types import Head, LevelSpec
+from ear_jax.types import LevelSpec
 
 
 def most_drawn(masked_after: np.ndarray, tokens: int) -> int | None:
@@ -25,7 +25,7 @@ def most_drawn(masked_after: np.ndarray, tokens: int) -> int | None:
 
 def fill_level(
     backbone: Any,
-    head: Head,
+    head: Any,
     spec: LevelSpec,
     context: tuple[jax.Array, ...],
     labels_B: Int[Array, "B"],
@@ -42,7 +42,7 @@ def fill_level(
 
     Args:
         backbone: of the masked family.
-        head: of this level.
+        head: of this level, or one that draws in its place (`heads.density`).
         spec: of this level.
         context: the levels before it.
         labels_B: class ids.

@@ -151,10 +151,12 @@ class Pipeline:
         Args:
             **options: `steps` is backbone passes a level, coarsest first; one number is taken for every level, or as
                 many as it can take. `guidance_scale` 1 is off; s * conditional + (1 - s) * unconditional, which grows
-                over a level's steps with `guidance_schedule` linear and does not with constant. `temperature` is
-                tau_infer of the continuous head, `coarse_temperature` that of the softmax. `top_k` and `top_p` keep
-                next-scale models to the most likely codes; 0 keeps all. An option that this model never reads is
-                refused.
+                over a level's steps, or the scales, with `guidance_schedule` linear, does not with constant, and with
+                interval is on only in `guidance_interval`, from 0 (the first of them) to 1 (the last). `temperature`
+                is tau_infer of the continuous head, `coarse_temperature` that of the softmax. `top_k` and `top_p` keep
+                next-scale models to the most likely codes; 0 keeps all. `density_draws` lets an energy head draw every
+                token so often and keep one of the densest fraction `density_keep`. An option that this model never
+                reads is refused.
         """
         return uses.sampling_asked(self.config, options)
 

@@ -109,9 +109,9 @@ class Protocol:
             given = dict(values)
             given["features"] = FeatureProtocol(**given["features"])
             if given.get("sampling") is not None:
-                sampling = dict(given["sampling"])
-                lists = {name: tuple(value) for name, value in sampling.items() if isinstance(value, list)}
-                given["sampling"] = SamplingProtocol(**sampling | lists)
+                items = given["sampling"].items()
+                sampling: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in items}
+                given["sampling"] = SamplingProtocol(**sampling)
             return cls(**given)
         except (TypeError, KeyError) as error:
             raise DataError(

@@ -95,14 +95,18 @@ def train(
         return loop.train(run)[1]
 
 
-def test_validation_and_a_profile_change_no_number_and_are_there(tmp_path):
+def test_validation_remarks_and_a_profile_change_no_number_and_are_there(tmp_path, capsys):
     plain = train(tmp_path / "plain")
     points = Points().batch(np.arange(8), np.zeros(8, bool))
-    hooks = {"held_out": lambda: points, "profile_steps": (3, 4)}
+    remark = lambda step, values: ["look!"] if step == 5 and values["loss"] > 0 else []  # noqa: E731
+    hooks = {"held_out": lambda: points, "profile_steps": (3, 4), "remark": remark}
     watched = train(tmp_path / "watched", hooks=hooks, validate_every_steps=4)
     assert not differing(to_numpy(plain), to_numpy(watched))
     assert updates(tmp_path / "plain") == updates(tmp_path / "watched")
     found = [r for r in ledger.read(tmp_path / "watched" / "ledger.jsonl") if r["event"] == "validation"]
+    assert "[line] step 5: look!" in capsys.readouterr().out
+    alarms = [r for r in ledger.read(tmp_path / "watched" / "ledger.jsonl") if r["event"] == "alarm"]
+    assert [(r["step"], r["text"]) for r in alarms] == [(5, "look!")]
     assert [r["step"] for r in found] == [4, 8] and found[1]["loss"] != found[0]["loss"] > 0
     (board,) = (tmp_path / "watched" / "tensorboard").iterdir()
     assert b"line/validation/loss" in board.read_bytes() and b"line/config" in board.read_bytes()

@@ -17,8 +17,12 @@ def said(ratio: Any, *, alpha: float = 1.0, temperature: float = 1.0, **changes:
     watch = SpreadWatch(tiny_config(generator__energy__alpha=alpha, **changes), 64)
     found = []
     for step in range(1, END + 1):
-        now = ratio(step) if callable(ratio) else ratio
-        values = {"attraction/fine": 3.0, "repulsion/fine": 3.0 * now**alpha, "train_temperature": temperature}
+        now = float(ratio(step) if callable(ratio) else ratio)  # type: ignore
+        values: dict[str, float] = {
+            "attraction/fine": 3.0,
+            "repulsion/fine": 3.0 * now**alpha,
+            "train_temperature": temperature,
+        }
         if temperature == 1:
             values |= {"attraction/calm": 2.0, "repulsion/calm": 2.0}
         found += watch(step, values)
@@ -56,7 +60,7 @@ def test_what_tau_train_asks_for_is_no_fault(alpha: float, temperature: float) -
     best = np.argmin(2 * attraction - temperature * repulsion)
     ratio = (repulsion[best] / attraction[best]) ** (1 / alpha)
     assert abs(ratio - 1) > 0.05
-    limits = dict(generator__spread_limits=(0.99, 1.01))
+    limits: dict[str, Any] = dict(generator__spread_limits=(0.99, 1.01))
     assert said(ratio, alpha=alpha, **limits) and not said(ratio, alpha=alpha, temperature=temperature, **limits)
 
 
