@@ -433,6 +433,7 @@ def test_every_option_of_sampling_reaches_the_generator_from_the_command_line_an
         top_p=0.75,
         density_draws=4,
         density_keep=0.5,
+        aggregate=0,  # of a model with copies: unit/test_aggregate.py
     )
     for asked in ({"top_k": 3}, {"sampling": Sampling((2, 1), top_k=3)}):
         with pytest.raises(
