@@ -6,7 +6,7 @@
 
 | variant         | pixels | latent   | scales              | passes | backbone  |
 |-----------------|--------|----------|---------------------|--------|-----------|
-| demo            | 32     | 8x8x8    | 1 2 4 8             | 4      | 128 x 3   |
+| demo            | 32     | 8x8x8    | 1 2 4 8 (2x2)       | 4      | 128 x 3   |
 | cifar10_cpu     | 32     | 8x8x8    | 1 2 4 8             | 4      | 128 x 6   |
 | cifar10         | 32     | 8x8x8    | 1 2 4 8             | 4      | 384 x 12  |
 | imagenet256_d16 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1024 x 16 |
@@ -57,7 +57,10 @@ def _recipe(name: str) -> dict[str, Any]:
     tokenizer["name"] = "lite_vae"
     for key in ("coarse", "fine"):
         generator.pop(key, None)
-    generator["patch_size"] = 2 if size == "imagenet512" else 1
+    # Squares of the last scale are drawn together: neighbours agree, and there are a quarter of the tokens.
+    generator["patch_size"] = 2 if size in ("demo", "imagenet512") else 1
+    if size == "demo":
+        recipe["generator_training"]["steps"] = 1_600
     generator["backbone"].pop("class_tokens")
     generator["backbone"] |= dict(name="continuous_next_scale", gate_init=1.0, dropout=0.0)
     generator["energy"] |= dict(temperature_scales="noise")
