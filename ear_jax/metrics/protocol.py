@@ -59,6 +59,9 @@ class SamplingProtocol:
         guidance_interval: First and last place of the guided steps, for the schedule `interval`.
         density_draws: Draws that each continuous token is chosen from.
         density_keep: Fraction of them, where draws are densest, that it is chosen from.
+        top_k: Codes that discrete levels are drawn among, 0 for all.
+        top_p: Probability that those hold, 0 for all.
+        aggregate: Copies of the input that were run, 0 for all.
     """
 
     model: str
@@ -72,6 +75,9 @@ class SamplingProtocol:
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
     density_draws: int = 1
     density_keep: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+    aggregate: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a model draws to be measured: samples as `config.sample` says, and streams of its continuous head."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,19 +56,15 @@ def _batches(loaded: Pipeline, config: Config, *, count: int, first: int) -> Ite
 
 def sampling_protocol(loaded: Pipeline, config: Config, model_digest: str, *, use_ema: bool) -> SamplingProtocol:
     """Return how `score_samples` draws, as results record it."""
-    settings = config.sample
-    temperatures = {"discrete": settings.coarse_temperature, "continuous": settings.temperature}
+    options: dict[str, Any] = sampling_of(config).record()
+    options |= {name: tuple(options[name]) for name in ("steps", "guidance_interval")}
+    temperatures = {"discrete": options.pop("coarse_temperature"), "continuous": options.pop("temperature")}
     return SamplingProtocol(
         model=model_digest,
-        seed=settings.seed,
-        guidance_scale=settings.guidance_scale,
+        seed=config.sample.seed,
         temperature=tuple(temperatures[level.kind] for level in loaded.levels),
-        steps=sampling_of(config).steps,
         use_ema=use_ema,
-        guidance_schedule=settings.guidance_schedule,
-        guidance_interval=settings.guidance_interval,
-        density_draws=settings.density_draws,
-        density_keep=settings.density_keep,
+        **options,
     )
 
 

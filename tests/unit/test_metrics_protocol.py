@@ -16,6 +16,7 @@ from ear_jax.metrics.protocol import (
     check_comparable,
     differences,
 )
+from ear_jax.sampling import Sampling
 
 FEATURES = FeatureProtocol("inception-2015-12-05", "ab12", "bilinear-tensorflow1", 32)
 SAMPLING = SamplingProtocol("cd34", 0, 1.5, (1.0, 0.9), (4, 1), True)
@@ -31,6 +32,14 @@ def test_a_protocol_survives_a_json_file():
     for broken in ({"features": {"network": "x"}}, {"count": 3}, {**PROTOCOL.to_dict(), "surprise": 1}):
         with pytest.raises(DataError, match="stored protocol does not fit"):
             Protocol.from_dict(broken)
+
+
+def test_every_option_of_sampling_is_a_part_of_the_protocol():
+    options = {field.name for field in dataclasses.fields(Sampling)}
+    assert options - {field.name for field in dataclasses.fields(SamplingProtocol)} == {"coarse_temperature"}
+    for name, value in (("top_k", 3), ("top_p", 0.5), ("aggregate", 2), ("density_draws", 4)):
+        other = dataclasses.replace(PROTOCOL, sampling=dataclasses.replace(SAMPLING, **{name: value}))
+        assert differences(PROTOCOL, other) == [f"sampling.{name}: {getattr(SAMPLING, name)!r} against {value!r}"]
 
 
 def test_different_protocols_are_not_compared():
