@@ -68,7 +68,12 @@ _TOKENIZER = {
     "loss.l1": 1.0,
 }
 _GENERATOR = {
+    "start_from": "",
+    "freeze": (),
     "patch_size": 1,
+    "pyramid.scales": (),
+    "pyramid.windows": (1, 2),
+    "pyramid.attention_heads": 2,
     "backbone.width": 16,
     "backbone.depth": 2,
     "backbone.encoder_depth": 1,

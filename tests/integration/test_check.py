@@ -20,6 +20,8 @@ from ear_jax.check import components as component_checks
 from ear_jax.check import model as model_checks
 from ear_jax.check.model import ModelChecks
 from ear_jax.check.tiny import tiny_config as tiny_of
+from ear_jax.config import kinds
+from ear_jax.config.values import flatten, unflatten
 from ear_jax.folders import model_folder
 from ear_jax.heads import energy
 from ear_jax.inference.pipeline import Pipeline
@@ -257,8 +259,17 @@ def test_a_model_that_is_not_there_is_an_error_of_the_command_line(tmp_path, cap
     assert "holds no model" in capsys.readouterr().err
 
 
+def test_sizes_and_origins_of_a_recipe_do_not_reach_its_tiny_model():
+    pyramid = {"scales": (1, 3, 16), "windows": (9, 16), "attention_heads": 3, "head": "joint"}
+    own = {"tokenizer.name": "lite_vae", "generator.backbone.name": "continuous_next_scale"}
+    own |= {f"generator.pyramid.{name}": value for name, value in pyramid.items()}
+    tiny = tiny_of(unflatten({**flatten(CONFIG), **own, "generator.freeze": ("trunk",), "generator.start_from": "m"}))
+    assert tiny.generator.pyramid.head == "joint" and kinds.levels(tiny)[-1].grid == 4
+    assert (tiny.generator.freeze, tiny.generator.start_from) == ((), "")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["lite_hybrid.py", "ear.py", "mar.py", "var.py", "dit.py"])
+@pytest.mark.parametrize("recipe", ["lite_hybrid.py", "ear.py", "mar.py", "var.py", "dit.py", "parscale_ear.py"])
 def test_a_tiny_model_of_every_family_holds(repository, tmp_path, capsys, recipe):
     assert main.main([f"--config={repository / 'configs' / recipe}", "--task=check", f"--workdir={tmp_path}"]) == 0, (
         capsys.readouterr().out
