@@ -25,6 +25,7 @@ import dit
 import ear
 import mar
 import ml_collections
+
 import var
 
 _FAMILIES = {"ear": ear, "mar": mar, "var": var, "dit": dit}

@@ -11,9 +11,9 @@ import dit
 import ear
 import mar
 import ml_collections
-import var
 
 import lite_hybrid
+import var
 
 _FAMILIES = {"lite_hybrid": lite_hybrid, "ear": ear, "mar": mar, "var": var, "dit": dit}
 

@@ -17,9 +17,10 @@
 | imagenet512     | 512    | 32x32x32 | 1 2 4 8 16 32 (2x2) | 6      | 1024 x 16 |
 
 The tokenizer is Lite-Hybrid's LiteVAE without its coarse branch. The backbone is VAR's. The larger recipes are this
-project's choice and have not been trained. `var_d16` is `imagenet256_d16` with residual targets, whose inputs are the
-running sums that VAR's trunk knows: it is meant for `config.generator.start_from` of a converted var_d16
-(docs/howto/finetune.md). `,tiny` after a variant reduces it so that it runs through on a CPU.
+project's choice and have not been trained. `var_d16` is `imagenet256_d16` on the latent of VAR's autoencoder, with
+residual targets, whose inputs are the running sums that VAR's trunk knows: it is meant for `config.tokenizer.source` of
+a converted var_latent and `config.generator.start_from` of a converted var_d16 (docs/howto/finetune.md). `,tiny` after
+a variant reduces it so that it runs through on a CPU.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import ml_collections
 
 import lite_hybrid
+import var
 from _recipes import config_of
 
 VARIANTS = (
@@ -67,6 +69,10 @@ def _recipe(name: str) -> dict[str, Any]:
     generator["pyramid"] = dict(targets="absolute", context_noise=0.5, head="token")
     if name.startswith("var_"):
         generator["pyramid"] |= dict(targets="residual")
+        published = var.get_config(name.removeprefix("var_")).to_dict()
+        recipe["tokenizer"] = published["tokenizer"]
+        recipe["tokenizer"]["vqvae"] |= dict(use_codebook=False)
+        recipe["tokenizer_training"] = published["tokenizer_training"]
     recipe["sample"].pop("coarse_temperature", None)
     recipe["sample"] |= dict(guidance_schedule="constant")
     if size.startswith("imagenet"):

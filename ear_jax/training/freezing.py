@@ -11,8 +11,9 @@ from ear_jax.nn.functional import arrays_of
 from ear_jax.training.report import readable_count
 from ear_jax.types import Group
 
-PARTS = ("trunk", "embeddings", "head")
-"""What every kind consists of: blocks with their norms and modulation, what goes into them, what draws from them."""
+PARTS = ("trunk", "embeddings", "head", "aggregate")
+"""What a kind consists of: blocks with their norms and modulation, what goes into them, what draws from them; and, with
+`config.generator.aggregate`, what parts its copies and joins them, which is trained on a trunk without copies."""
 
 _STACKS = ("transformer", "blocks", "encoder", "decoder")
 
@@ -22,6 +23,8 @@ def part_of(name: str) -> str:
     words = name.split("/")
     if words[0].startswith("head") or words[1:2] == ["output"]:
         return "head"
+    if words[1:2] == ["aggregation"] or words[-1].startswith("prefix_"):
+        return "aggregate"
     is_between = any("norm" in word or "modulation" in word for word in words[1:2])
     return "trunk" if is_between or not set(words).isdisjoint(_STACKS) else "embeddings"
 

@@ -23,6 +23,10 @@ def test_parts_names_and_beginnings_of_names() -> None:
     assert frozen_names(SIZES, ["trunk", "embeddings"]) == frozen_names(SIZES, ["backbone"])
     assert frozen_names(SIZES, ["backbone/inputs/"]) == {"backbone/inputs/0/project/kernel"}
     assert not frozen_names(SIZES, [])
+    copies = {"backbone/prefix_keys": 8, "backbone/prefix_values": 8, "backbone/aggregation/expand/kernel": 4}
+    assert {part_of(name) for name in copies} == {"aggregate"}
+    with_copies = {**SIZES, **copies}
+    assert with_copies.keys() - frozen_names(with_copies, ["trunk", "embeddings", "head"]) == copies.keys()
     assert part_of("backbone/output/kernel") == "head" and part_of("head/logits/bias") == "head"
 
 
