@@ -187,18 +187,15 @@ class ContinuousNextScaleGenerator(nnx.Module):
 
     def _draw_level(self, hidden: jax.Array, scale: Any, k: int, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
         """Draw level k: guidance mixes hidden states before an energy head, and logits, then filtered, of a softmax."""
-        head = self._head(k)
+        head, B = self._head(k), len(keys_B)
+
+        def mixed(branches: jax.Array) -> jax.Array:
+            return branches if scale is None else guidance.mix(branches[:B], branches[B:], scale)
+
         if k >= self.first:
-            mixed = (
-                hidden if scale is None else guidance.mix(hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :], scale)
-            )
             head = by_density(head, sampling.density_draws, sampling.density_keep)
-            return head.sample(head.predict(mixed), keys_B, sampling.temperature)
-        logits = head.predict(hidden)
-        logits = (
-            logits if scale is None else guidance.mix(logits[: len(logits) // 2], logits[len(logits) // 2 :], scale)
-        )
-        allowed = guidance.filter_logits(logits, top_k=sampling.top_k, top_p=sampling.top_p)
+            return head.sample(head.predict(mixed(hidden)), keys_B, sampling.temperature)
+        allowed = guidance.filter_logits(mixed(head.predict(hidden)), top_k=sampling.top_k, top_p=sampling.top_p)
         return head.sample(allowed, keys_B, sampling.coarse_temperature)
 
     def _own_draws(
