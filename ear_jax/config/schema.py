@@ -280,6 +280,9 @@ class EnergyHeadConfig:
     width: int = key(1024, "width of the MLP", low=1)
     depth: int = key(6, "residual blocks", low=1)
     noise_channels: int = key(64, "uniform noise channels per token", low=1)
+    noise_scale: float = key(
+        1.0, "factor on the noise in [-1/2, 1/2) before its embedding; sqrt(12) = 3.464 is unit variance", above=0.0
+    )
     samples: int = key(2, "draws per token in the loss (m)", low=2, high=64)
     alpha: float = key(1.0, "exponent of the distance", above=0.0, below=2.0)
     repeats: int = key(1, "independent groups of m draws per token and step", low=1, high=64)
@@ -323,6 +326,12 @@ class PyramidConfig:
         "a: each token weighs 1 / tokens of its scale ^ a; 1 = scales count alike, 0 = tokens do",
         low=0.0,
         high=2.0,
+    )
+    least_draws: int = key(
+        0,
+        "draws of the loss an image and scale, tokens times m, at least: scales of few tokens take a larger m",
+        low=0,
+        high=256,
     )
     head: str = key(
         "token",

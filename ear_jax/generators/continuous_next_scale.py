@@ -59,6 +59,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
         context_noise: float,
         own_context_probability: float,
         scale_weight_power: float,
+        least_draws: int,
         label_drop: float,
         coarse: CoarseScales | None = None,
         coarse_heads: Sequence[Any] = (),
@@ -74,6 +75,7 @@ class ContinuousNextScaleGenerator(nnx.Module):
         self.context_noise = context_noise
         self.own_context_probability = own_context_probability
         self.scale_weight_power = scale_weight_power
+        self.least_draws = least_draws
         self.label_drop = label_drop
         shape = (len(scales), levels[-1].size // patch_size**2)
         self.scale_mean = FrozenVariable(jnp.zeros(shape, jnp.float32))
@@ -148,8 +150,9 @@ class ContinuousNextScaleGenerator(nnx.Module):
         for k, (level, target_BND) in enumerate(zip(self.levels, targets, strict=True)):
             everywhere_BN = jnp.ones(target_BND.shape[:2], bool)
             own_head_rng = jax.random.fold_in(head_rng, k)
+            draws = {"least_draws": self.least_draws} if k >= self.first else {}
             loss, more = self._head(k).loss(
-                self._of_scale(hidden_BLE, k), target_BND, everywhere_BN, own_head_rng, dict(controls)
+                self._of_scale(hidden_BLE, k), target_BND, everywhere_BN, own_head_rng, dict(controls), **draws
             )
             total = total + self.loss_weights[level.name] * loss
             metrics[f"loss/{level.name}"] = loss
@@ -336,6 +339,7 @@ def make_continuous_next_scale(
         context_noise=pyramid.context_noise,
         own_context_probability=pyramid.own_context_probability,
         scale_weight_power=pyramid.scale_weight_power,
+        least_draws=pyramid.least_draws,
         label_drop=generator.label_drop,
         coarse=coarse,
         coarse_heads=coarse_heads(len(first), own.width, books.codes, generator.softmax.label_smoothing, rngs),

@@ -49,7 +49,8 @@ class EnergyHead(nnx.Module):
     The hidden state flows through the residual stream, noise enters only by modulation; all modulations and the
     output layer start at zero, so every draw is 0 at step 0. The paper's loss is one pair of draws (`samples=2`);
     `repeats` averages several independent groups, as the published recipe does with 2. tau_infer scales the shift that
-    noise adds in each block, as published, or with `temperature_scales="noise"` the noise itself.
+    noise adds in each block, as published, or with `temperature_scales="noise"` the noise itself. `noise_scale` is a
+    factor on the noise before its embedding: published as 1, standard deviation 0.29.
     """
 
     token_kind = "continuous"
@@ -64,6 +65,7 @@ class EnergyHead(nnx.Module):
         width: int = 1024,
         depth: int = 6,
         noise_channels: int = 64,
+        noise_scale: float = 1.0,
         samples: int = 2,
         alpha: float = 1.0,
         repeats: int = 1,
@@ -73,6 +75,7 @@ class EnergyHead(nnx.Module):
     ):
         self.temperature_scales = temperature_scales
         self.noise_channels = noise_channels
+        self.noise_scale = noise_scale
         self.samples = samples
         self.alpha = alpha
         self.repeats = repeats
@@ -94,7 +97,7 @@ class EnergyHead(nnx.Module):
         temperature: Float[Array, ""] | float = 1.0,
     ) -> Float[Array, "*batch D"]:
         """Turn projected hidden states and noise in [-1/2, 1/2) into float32 tokens."""
-        embedded = self.noise(noise)
+        embedded = self.noise(self._scaled(noise))
         hidden = projected
         for block in self.blocks:
             hidden = block(hidden, embedded, temperature)
@@ -108,10 +111,16 @@ class EnergyHead(nnx.Module):
         mask: Bool[Array, "B N"],
         rng: jax.Array,
         controls: dict[str, jax.Array] | None = None,
+        *,
+        least_draws: int = 0,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Return `loss_at` for fresh noise; `controls["train_temperature"]` is tau_train (default 1)."""
+        """Return `loss_at` for fresh noise; `controls["train_temperature"]` is tau_train (default 1).
+
+        A grid of few tokens takes more than `samples` draws a token, so that an image has `least_draws` of them.
+        """
         temperature = controls["train_temperature"] if controls else 1.0
-        shape = (self.repeats * self.samples, hidden.shape[0], *self.noise_shape(hidden.shape[1]))
+        samples = max(self.samples, least_draws // hidden.shape[1])
+        shape = (self.repeats * samples, hidden.shape[0], *self.noise_shape(hidden.shape[1]))
         return self.loss_at(hidden, target, mask, jax.random.uniform(rng, shape, jnp.float32) - 0.5, temperature)
 
     def loss_at(
@@ -124,18 +133,22 @@ class EnergyHead(nnx.Module):
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the energy loss over groups and masked tokens, 2 attraction - tau repulsion, and these two terms.
 
-        P = repeats * samples, one group after the other. Of a calibrated forecast both terms are equal.
+        P = repeats * m, one group of m >= 2 draws after the other. Of a calibrated forecast both terms are equal.
         """
         projected = self.project(hidden)
         draws = self.draw(jnp.broadcast_to(projected, (len(noise), *projected.shape)), noise)
-        groups = draws.reshape(self.repeats, self.samples, *target.shape)
+        groups = draws.reshape(self.repeats, -1, *target.shape)
+        samples = groups.shape[1]
         score = jax.vmap(lambda g: energy_score(g, target, alpha=self.alpha, temperature=temperature))(groups).mean(0)
         weight = mask.astype(jnp.float32)
         total = jnp.maximum(weight.sum(), 1.0)
-        pairs = jax.vmap(lambda g: pair_sum(g, self.alpha))(groups).mean(0) * (2 / (self.samples * (self.samples - 1)))
+        pairs = jax.vmap(lambda g: pair_sum(g, self.alpha))(groups).mean(0) * (2 / (samples * (samples - 1)))
         loss, repulsion = (score * weight).sum() / total, (pairs * weight).sum() / total
         # The attraction follows from them: a third sum would change how they are compiled, and the loss by a bit.
         return loss, {"attraction": (loss + temperature * repulsion) / 2, "repulsion": repulsion}
+
+    def _scaled(self, noise: jax.Array) -> jax.Array:
+        return noise if self.noise_scale == 1.0 else noise * self.noise_scale
 
     def predict(self, hidden: Float[Array, "B N E"]) -> Float[Array, "B N W"]:
         """Return what `sample` needs of the hidden state; guidance has been applied to it before."""

@@ -89,6 +89,7 @@ class JointEnergyHead(EnergyHead):
         temperature: Float[Array, ""] | float = 1.0,
     ) -> Float[Array, "*batch N D"]:
         """Turn projected hidden states and noise in [-1/2, 1/2), M = N + 1, into float32 tokens."""
+        noise = self._scaled(noise)
         embedded = self.noise(noise[..., 1:, :]) + self.image_noise(noise[..., :1, :])
         hidden = projected
         for block, norm, attention in zip(self.blocks, self.attention_norms, self.attentions, strict=True):
@@ -109,7 +110,7 @@ class JointEnergyHead(EnergyHead):
         """Return the energy loss averaged over groups, windows and images; every token counts, masked or not."""
         projected = self.project(hidden)
         draws = self.draw(jnp.broadcast_to(projected, (len(noise), *projected.shape)), noise)
-        groups = draws.reshape(self.repeats, self.samples, *target.shape)
+        groups = draws.reshape(self.repeats, -1, *target.shape)
         side = math.isqrt(target.shape[1])
         windows = sorted({window or side for window in self.windows if window <= side})
         terms = [

@@ -121,6 +121,14 @@ def test_own_draws_replace_the_scales_in_view_with_the_given_probability():
     assert np.abs(np.asarray(own - clean)).reshape(BATCH, -1).max(-1).min() > 0.1
 
 
+def test_scales_of_few_tokens_take_the_draws_that_are_wanted():
+    module = made(least_draws=16)
+    asked, head = [], module.heads[0]
+    original, head.loss_at = head.loss_at, lambda *args: asked.append(args[3].shape[:1]) or original(*args)
+    jax.eval_shape(lambda: module.loss(batch(), jax.random.key(0), jnp.int32(0), {}))
+    assert asked == [(16,), (4,), (2,)]
+
+
 def test_cached_passes_are_the_whole_pass():
     config = tiny_config(**NAME)
     sampling = kinds.sampling_of(config, guidance_scale=1.0)

@@ -99,6 +99,26 @@ def test_any_exponent_temperature_and_number_of_draws_give_the_two_terms_of_the_
         assert np.isfinite(slope).all() and np.abs(slope).max() > 0
 
 
+@pytest.mark.parametrize("is_joint", [False, True], ids=["token", "joint"])
+def test_few_tokens_take_more_draws_and_scaled_noise_is_the_same_head_on_larger_noise(is_joint):
+    extra = dict(windows=(1,), attention_heads=2) if is_joint else {}
+    kind = JointEnergyHead if is_joint else EnergyHead
+    head, loud = (make_head(kind, noise_scale=scale, **extra) for scale in (1.0, 3.0))
+    hidden, target, mask = jnp.ones((2, 4, 8)), jnp.ones((2, 4, 3)), jnp.ones((2, 4), bool)
+
+    def losses() -> list:
+        key = jax.random.key(3)
+        noises = [jax.random.uniform(key, (m, 2, *head.noise_shape(4)), jnp.float32) - 0.5 for m in (2, 8)]
+        asked = [head.loss(hidden, target, mask, key, least_draws=least)[0] for least in (0, 8, 32)]
+        drawn = [head.loss_at(hidden, target, mask, noise)[0] for noise in noises]
+        scaled = head.loss_at(hidden, target, mask, 3 * noises[0])[0]
+        return [*asked, *drawn, scaled, loud.loss_at(hidden, target, mask, noises[0])[0]]
+
+    none, as_many, more, two, eight, larger, scaled = np.asarray(jax.jit(losses)())
+    np.testing.assert_allclose([none, as_many, more, scaled], [two, two, eight, larger], rtol=1e-5)
+    assert not np.isclose(two, eight) and not np.isclose(two, scaled)
+
+
 def test_the_first_gradient_reaches_the_output_though_all_draws_are_zero():
     graph, parameters = nnx.split(
         EnergyHead(hidden_width=8, channels=3, width=16, depth=1, rngs=nnx.Rngs(0)), nnx.Param
