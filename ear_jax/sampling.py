@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 
 from ear_jax.errors import ConfigError
 
-SCHEDULES = ("linear", "constant", "interval")
-"""How guidance grows over the steps of a level, or over the scales; interval is all or nothing."""
+SCHEDULES = ("linear", "constant", "falling", "interval")
+"""How guidance grows over the steps of a level, or over the scales; falling shrinks, interval is all or nothing."""
 
 LEAST_DENSITY_DRAWS = 3
 """Of two candidates none is the denser one."""
@@ -87,6 +87,11 @@ class SamplingOptions(TypedDict, total=False):
 
 TRACED = ("guidance_scale", "temperature", "coarse_temperature", "density_keep")
 """Options that a compiled program takes as arguments: changing them compiles nothing."""
+
+
+def falling_shares(passes: int) -> tuple[float, ...]:
+    """Return the share of the guidance in each of so many passes: all in the first, then falling evenly, never 0."""
+    return tuple(1 - number / passes for number in range(passes))
 
 
 def guided_passes(passes: int, interval: Sequence[float]) -> tuple[bool, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from ear_jax.sampling import SCHEDULES, guided_passes
+from ear_jax.sampling import SCHEDULES, falling_shares, guided_passes
 
 
 def mix(
@@ -34,16 +34,17 @@ def growth(masked_after: np.ndarray, tokens: int, schedule: str, interval: Seque
     """Return float32 [steps]: the share g of the guidance that each step uses, s_step = 1 + (s - 1) g.
 
     `constant` is 1 everywhere; `linear` is MAR's (tokens - masked after the step) / tokens, whose last entry counts
-    one token as still masked, as the reference does; `interval` is 1 in the interval of the steps, in the order they
-    are taken, and 0 outside.
+    one token as still masked, as the reference does. In the order that steps are taken, `falling` goes evenly from 1
+    to 1 / steps, and `interval` is 1 in the interval and 0 outside.
 
     Raises:
         ValueError: the schedule is unknown.
     """
-    if schedule == "interval":
-        is_guided = guided_passes(len(masked_after), interval)
+    if schedule in ("falling", "interval"):
+        count = len(masked_after)
+        in_order = falling_shares(count) if schedule == "falling" else guided_passes(count, interval)
         number_of_step = np.argsort(np.argsort(-masked_after, kind="stable"), kind="stable")
-        return np.asarray(is_guided, np.float32)[number_of_step]
+        return np.asarray(in_order, np.float32)[number_of_step]
     if schedule == "constant":
         return np.ones(len(masked_after), np.float32)
     if schedule == "linear":

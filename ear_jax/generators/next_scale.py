@@ -17,7 +17,7 @@ from ear_jax.generators import guidance
 from ear_jax.generators.guidance import filter_logits
 from ear_jax.generators.kind import level_keys, trunk_of
 from ear_jax.heads.softmax import SoftmaxHead
-from ear_jax.sampling import SCHEDULES, Sampling, guided_passes
+from ear_jax.sampling import SCHEDULES, Sampling, falling_shares, guided_passes
 from ear_jax.tokenizers.scale_quantiser import ScaleQuantiser
 from ear_jax.types import Batch, Group, Head, LevelSpec, Metrics, Posterior, TokenizerSpec, Tokens, usual_group
 
@@ -186,13 +186,15 @@ def growth(scales: int, schedule: str, interval: Sequence[float] = (0.0, 1.0)) -
     """Return the share g of the guidance that each scale uses, s_k = 1 + (s - 1) g_k.
 
     `linear` is VAR's k / (K - 1) from 0 at the first scale to 1 at the last (1 where there is only one); `constant` is
-    1 everywhere, `interval` 1 where k / (K - 1) lies in the interval and 0 elsewhere.
+    1 everywhere, `falling` 1 - k / K, `interval` 1 where k / (K - 1) lies in the interval and 0 elsewhere.
 
     Raises:
         ValueError: the schedule is unknown.
     """
     if schedule == "interval":
         return np.asarray(guided_passes(scales, interval), np.float32)
+    if schedule == "falling":
+        return np.asarray(falling_shares(scales), np.float32)
     if schedule == "constant" or (schedule == "linear" and scales == 1):
         return np.ones(scales, np.float32)
     if schedule == "linear":

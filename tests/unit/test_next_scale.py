@@ -290,6 +290,8 @@ def test_growth_of_guidance():
     np.testing.assert_allclose(growth(5, "linear"), [0, 0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(growth(1, "linear"), [1])
     np.testing.assert_allclose(growth(3, "constant"), [1, 1, 1])
+    np.testing.assert_allclose(growth(4, "falling"), [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(growth(1, "falling"), [1])
     np.testing.assert_array_equal(growth(5, "interval", (0.25, 0.8)), [0, 1, 1, 1, 0])
     np.testing.assert_array_equal(growth(1, "interval", (0.0, 0.8)), [0])
     np.testing.assert_array_equal(growth(4, "interval"), growth(4, "constant"))

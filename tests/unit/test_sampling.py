@@ -102,6 +102,7 @@ def test_guidance_scale_one_is_the_conditional_branch_and_growth_is_the_referenc
     np.testing.assert_allclose(growth(table, 256, "linear")[[0, -1]], [5 / 256, 255 / 256])
     np.testing.assert_array_equal(growth(table, 256, "constant"), 1.0)
     np.testing.assert_array_equal(growth(table, 256, "interval", (0.0, 0.5)), [1, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_allclose(growth(table[::-1], 256, "falling"), np.arange(1, 9) / 8)
     remaining = np.arange(5)  # of a diffusion, whose last step has nothing to go
     np.testing.assert_array_equal(growth(remaining, 5, "interval", (0.75, 1.0)), [1, 1, 0, 0, 0])
 
