@@ -8,6 +8,7 @@
 |-----------------|--------|----------|---------------------|--------|-----------|
 | demo            | 32     | 8x8x8    | 1 2 4 8 (2x2)       | 4      | 128 x 3   |
 | cifar10_cpu     | 32     | 8x8x8    | 1 2 4 8             | 4      | 128 x 6   |
+| cifar10_cpu_night | 32   | 8x8x8    | 1 2 4 8 (2x2)       | 4      | 192 x 6   |
 | cifar10         | 32     | 8x8x8    | 1 2 4 8             | 4      | 384 x 12  |
 | imagenet256_d16 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1024 x 16 |
 | imagenet256_d20 | 256    | 16x16x32 | 1 2 4 8 16          | 5      | 1280 x 20 |
@@ -35,6 +36,7 @@ VARIANTS = (
     "demo",
     "cifar10",
     "cifar10_cpu",
+    "cifar10_cpu_night",
     "imagenet256_d16",
     "imagenet256_d20",
     "imagenet256_d24",
@@ -51,7 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 def _recipe(name: str) -> dict[str, Any]:
     size, _, depth = name.replace("var_", "imagenet256_").partition("_d")
-    recipe = lite_hybrid.get_config(size).to_dict()
+    recipe = lite_hybrid.get_config(size.removesuffix("_night")).to_dict()
     recipe["name"] = f"parscale_ear_{name}"
     tokenizer, generator = recipe["tokenizer"], recipe["generator"]
     for key in ("coarse", "fine", "fusion", "hybrid_start_steps", "coarse_only_probability"):
@@ -60,7 +62,7 @@ def _recipe(name: str) -> dict[str, Any]:
     for key in ("coarse", "fine"):
         generator.pop(key, None)
     # Squares of the last scale are drawn together: neighbours agree, and there are a quarter of the tokens.
-    generator["patch_size"] = 2 if size in ("demo", "imagenet512") else 1
+    generator["patch_size"] = 2 if size in ("demo", "cifar10_cpu_night", "imagenet512") else 1
     if size == "demo":
         # Half the batch and more than twice the updates are worth more than 1,600 updates of 64.
         recipe["generator_training"] |= dict(
@@ -76,6 +78,13 @@ def _recipe(name: str) -> dict[str, Any]:
         recipe["tokenizer"] = published["tokenizer"]
         recipe["tokenizer"]["vqvae"] |= dict(use_codebook=False)
         recipe["tokenizer_training"] = published["tokenizer_training"]
+    if size == "cifar10_cpu_night":
+        # Photographs need neighbours that agree, so a scale is drawn together; three hours on two cores.
+        recipe["tokenizer_training"] |= dict(steps=6_000, warmup_steps=200)
+        generator["backbone"] |= dict(width=192, depth=6, heads=6)
+        generator["energy"] |= dict(width=128, depth=3)
+        generator["pyramid"] |= dict(head="joint", windows=(1, 2, 4), attention_heads=4)
+        recipe["generator_training"] |= dict(batch_size=64, steps=15_000, warmup_steps=500, ema_decay=0.999)
     recipe["sample"].pop("coarse_temperature", None)
     recipe["sample"] |= dict(guidance_scale=2.5, guidance_schedule="falling")
     if size.startswith("imagenet"):
